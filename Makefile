@@ -1,0 +1,36 @@
+# make run    evaluate the default model as it is and under every config, then write the report   (FRESH=1 starts over)
+# make test   run every test, offline
+PYTHON ?= python3
+OUT ?= runs/default
+LIMIT ?= 10
+BATCH ?= 2
+TASKS ?= mllm_vqa,mllm_caption,mllm_reading,mllm_docqa,mllm_text
+PYTEST ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: run test lint clean
+
+run: $(INSTALLED)
+	$(BIN)/mllm fetch-default
+	HF_HUB_OFFLINE=1 $(BIN)/mllm eval --model default --configs configs/*.yaml --tasks $(TASKS) --limit $(LIMIT) \
+		--batch-size $(BATCH) --out $(OUT) $(if $(FRESH),--fresh)
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e ".[all,dev]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Techniques that change what attention sees, or add small trained parts (none yet)."""

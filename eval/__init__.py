@@ -1,0 +1,1 @@
+"""The runner on lmms-eval: models x techniques x tasks -> result files -> report."""

@@ -1,0 +1,1 @@
+"""Offline lmms-eval tasks."""

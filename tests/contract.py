@@ -1,0 +1,512 @@
+"""The promises that every technique keeps, on every family and attention backend (DESIGN section 5).
+
+A new technique needs one row in :data:`CASES`; one without it fails ``test_every_technique_has_a_case``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from reference import reference_logits
+from tiny import FAMILIES, row, tiny_inputs, tiny_model, tiny_processor, visual_mask
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mllm import Stack, Technique, load_techniques
+from mllm.errors import DidNotFireError, LoadError, UnsupportedModelError
+from mllm.technique import load_all
+from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
+
+LAYERS = 6
+BACKENDS = ("eager", "sdpa")
+MULTIMODAL = ("one", "batch", "two_images", "same_length_ragged")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A technique at a setting that changes the tiny models, and what the reference is told for it."""
+
+    stack: Stack
+    neutral: Stack
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    "DyVTE": Case(Stack(DyVTE(exit_layer=2)), Stack(DyVTE(exit_layer=LAYERS - 1)), {"exit_after": 2}),
+    "NAAViT": Case(Stack(NAAViT()), Stack(NAAViT(layers=[])), {"policy": "naavit"}),
+    "EEMLLM": Case(Stack(EEMLLM()), Stack(EEMLLM(layers=[])), {"policy": "ee"}),
+    "FreezeVisual": Case(Stack(FreezeVisual()), Stack(FreezeVisual(layers=[])), {"policy": "freeze"}),
+    # some layers only: rows change between active and passive on the way
+    "NAAViT some layers": Case(
+        Stack(NAAViT(layers=[1, 2, 4])), Stack(), {"policy": "naavit", "policy_layers": (1, 2, 4)}
+    ),
+    # two techniques: rows are passive first, then gone
+    "FreezeVisual, DyVTE": Case(
+        Stack(FreezeVisual(layers="1:4"), DyVTE(exit_layer=3)),
+        Stack(FreezeVisual(layers=[]), DyVTE(exit_layer=LAYERS - 1)),
+        {"policy": "freeze", "policy_layers": (1, 2, 3), "exit_after": 3},
+    ),
+}
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_backend = pytest.mark.parametrize("attn", BACKENDS)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to ``tolerance`` of the largest value."""
+    assert a.shape == b.shape
+    scale = max(1.0, float(b.abs().max()))
+    difference = float((a - b).abs().max())
+    assert difference <= tolerance * scale, f"differs by {difference:.2e} at scale {scale:.2e}"
+
+
+def logits(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits  # (B, S, V)
+
+
+def text_rows(model, inputs) -> torch.Tensor:
+    """(B, S) bool: neither visual nor padding."""
+    return inputs["attention_mask"].bool() & ~visual_mask(model, inputs)
+
+
+def prepared(family: str, attn: str, kind: str):
+    model = tiny_model(family, attn)
+    return model, tiny_inputs(model, tiny_processor(family), kind)
+
+
+def test_every_technique_has_a_case():
+    covered = {type(technique).name for case in CASES.values() for technique in case.stack.techniques}
+    assert covered >= {name for name, cls in load_all().items() if cls.__module__.startswith("mllm.")}
+
+
+# 1. Neutral is identical ----------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+def test_neutral_and_text_only_are_bitwise_identical(case, family, attn):
+    model, inputs = prepared(family, attn, "batch")
+    text = tiny_inputs(model, tiny_processor(family), "text")
+    plain, plain_text = logits(model, inputs), logits(model, text)
+    with case.neutral(model):
+        assert torch.equal(logits(model, inputs), plain)
+    with case.stack(model):
+        assert torch.equal(logits(model, text), plain_text)
+
+
+# 2. It fired ----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+def test_it_fired_in_forward_and_generate(case, family, attn):
+    model, inputs = prepared(family, attn, "one")
+    plain = logits(model, inputs)
+    with case.stack(model) as run:
+        changed = logits(model, inputs)
+        after_forward = run.report()
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        after_generate = run.report()
+    assert not torch.allclose(changed, plain, atol=1e-3), "the reference inputs do not show that anything happened"
+    assert after_forward.steps == 1
+    assert after_generate.steps == 3  # one prefill, one decoded token fed back
+    assert after_forward.flops < after_forward.dense_flops
+    assert after_forward.visual_tokens == visual_mask(model, inputs).sum(dim=1).tolist()
+
+
+class DoesNothing(Technique):
+    """Claims to change the model and does not."""
+
+    name: ClassVar[str] = "DoesNothing"
+    paper: ClassVar[str] = ""
+
+
+@every_family
+def test_a_technique_that_did_nothing_raises(family):
+    model, inputs = prepared(family, "sdpa", "one")
+    with DoesNothing()(model):
+        with pytest.raises(DidNotFireError, match="DoesNothing"):
+            logits(model, inputs)
+        with pytest.raises(DidNotFireError, match="DoesNothing"):
+            model.generate(**inputs, max_new_tokens=2)
+        logits(model, tiny_inputs(model, tiny_processor(family), "text"))  # nothing to do, nothing to raise
+
+
+# 3. Physical equals masked --------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_physical_equals_the_naive_reference(case, family, attn, kind):
+    model, inputs = prepared(family, attn, kind)
+    expected = reference_logits(model, inputs, **case.reference)
+    with case.stack(model):
+        found = logits(model, inputs)
+    valid, text = inputs["attention_mask"].bool(), text_rows(model, inputs)
+    for number, reference in enumerate(expected):
+        close(found[number][text[number]], reference[text[number][valid[number]]])
+
+
+# 4. Cached equals cache-free ------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+@pytest.mark.parametrize("kind", ["one", "batch"])
+def test_cached_equals_cache_free(case, family, attn, kind):
+    model, inputs = prepared(family, attn, kind)
+    steps, length = 4, inputs["input_ids"].shape[1]
+    with case.stack(model) as run:
+        cached = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        lengths = run.report().cache_lengths
+        assert [layer.get_seq_length() for layer in cached.past_key_values.layers] == lengths
+        assert lengths[0] == length + steps - 1
+        longer = extend(inputs, cached.sequences[:, length:-1])
+        free = logits(model, longer)[:, length - 1 :]  # (B, steps, V)
+    close(torch.stack(cached.logits, dim=1), free)
+
+
+def extend(inputs, tokens: torch.Tensor) -> dict[str, Any]:
+    """The same inputs with answer tokens appended."""
+    more = dict(inputs)
+    more["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    more["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    if "mm_token_type_ids" in inputs:
+        more["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], dim=1)
+    return more
+
+
+# 5. A batch equals its rows -------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+@pytest.mark.parametrize("kind", ["batch", "two_images", "same_length_ragged"])
+def test_a_batch_equals_its_rows(case, family, attn, kind):
+    model, inputs = prepared(family, attn, kind)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with case.stack(model):
+        together = logits(model, inputs)
+        answers = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        for number in range(together.shape[0]):
+            single = row(inputs, number)
+            alone = logits(model, single)
+            text = text_rows(model, single)[0]
+            close(together[number, -alone.shape[1] :][text], alone[0][text])
+            assert torch.equal(model.generate(**single, **options)[0, single["input_ids"].shape[1] :], answers[number])
+
+
+# 6. Backends agree ----------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+def test_backends_agree(case, family):
+    results = []
+    for attn in BACKENDS:
+        model, inputs = prepared(family, attn, "batch")
+        with case.stack(model):
+            results.append(logits(model, inputs)[text_rows(model, inputs)])
+    close(*results)
+
+
+@every_case
+@every_family
+def test_an_undeclared_backend_raises(case, family):
+    model = tiny_model(family, "sdpa", fresh=True)
+    model.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match=r"flex_attention.*eager, sdpa"):
+        case.stack.attach(model)
+
+
+# 7. Detach is exact ---------------------------------------------------------------------------------------------------
+
+
+def snapshot(model) -> dict[str, Any]:
+    """Everything that attaching may not change for good."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return {
+        "modules": [(name, id(module), type(module), module.training) for name, module in model.named_modules()],
+        "forwards": [(name, module.__dict__.get("forward")) for name, module in model.named_modules()],
+        "hooks": [[list(getattr(module, kind).values()) for kind in hooks] for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "parameters": [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "config": copy.deepcopy(model.config.to_dict()),
+        "attention": dict(ALL_ATTENTION_FUNCTIONS.items()),
+        "models": set(AutoModel._model_mapping.keys()),
+    }
+
+
+def assert_untouched(model, before: dict[str, Any], call: Callable[[], torch.Tensor], plain: torch.Tensor) -> None:
+    """The model is bitwise what it was, and computes bitwise what it did."""
+    assert torch.equal(call(), plain)
+    after = snapshot(model)
+    for name, value in before.items():
+        if name == "values":
+            assert value.keys() == after[name].keys()
+            assert all(torch.equal(tensor, after[name][key]) for key, tensor in value.items())
+        else:
+            assert value == after[name], f"{name} changed"
+
+
+@every_case
+@every_family
+@every_backend
+def test_detach_is_exact(case, family, attn):
+    model, inputs = prepared(family, attn, "one")
+    plain = logits(model, inputs)  # also lets the model install its own recording hooks first
+    before = snapshot(model)
+    handle = case.stack.attach(model)
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    handle.detach()
+    handle.detach()  # harmless
+    assert_untouched(model, before, lambda: logits(model, inputs), plain)
+
+
+@every_case
+@every_family
+def test_detach_is_exact_after_an_exception(case, family):
+    model, inputs = prepared(family, "sdpa", "one")
+    plain = logits(model, inputs)
+    before = snapshot(model)
+    layer = model.model.language_model.layers[3]
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), case.stack(model):  # noqa: PT012
+        hook = layer.mlp.register_forward_pre_hook(fail)
+        try:
+            logits(model, inputs)
+        finally:
+            hook.remove()
+    assert_untouched(model, before, lambda: logits(model, inputs), plain)
+
+
+class Leaky(DyVTE):
+    """Leaves a hook, a changed weight or a changed config behind."""
+
+    name: ClassVar[str] = "Leaky"
+    what: str
+
+    def keep(self, layer, layout, alive, spec):
+        keep = super().keep(layer, layout, alive, spec)
+        if layer == 0:
+            Leaky.leak(self.what, Leaky.victim)
+        return keep
+
+    victim: ClassVar[Any] = None
+
+    @staticmethod
+    def leak(what: str, model) -> None:
+        if what == "hook":
+            model.model.register_forward_hook(lambda *_: None)
+        elif what == "weight":
+            next(model.parameters()).data.add_(1e-3)
+        elif what == "requires_grad":
+            parameter = next(model.parameters())
+            parameter.requires_grad_(not parameter.requires_grad)
+        elif what == "config":
+            model.config.leaked = True
+        elif what == "attribute":
+            model.model.leaked = True
+
+
+@pytest.mark.parametrize("what", ["hook", "weight", "requires_grad", "config", "attribute"])
+def test_a_leaky_technique_fails(what):
+    model = tiny_model("llava", "sdpa", fresh=True)
+    inputs = tiny_inputs(model, tiny_processor("llava"), "one")
+    plain = logits(model, inputs)
+    before = snapshot(model)
+    Leaky.victim = model
+    with Leaky(exit_layer=2, what=what)(model):
+        logits(model, inputs)
+    with pytest.raises(AssertionError):
+        assert_untouched(model, before, lambda: logits(model, inputs), plain)
+
+
+# 8. Others are untouched ----------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+def test_other_models_are_untouched(case, family):
+    model, inputs = prepared(family, "sdpa", "one")
+    other = tiny_model(family, "sdpa", seed=1)
+    plain, other_plain = logits(model, inputs), logits(other, inputs)
+    before = snapshot(other)
+    with case.stack(model):
+        alone = logits(model, inputs)
+        assert_untouched(other, before, lambda: logits(other, inputs), other_plain)
+    with case.stack(other):
+        other_alone = logits(other, inputs)
+    with case.stack(model) as run, case.stack(other) as other_run:
+        assert torch.equal(logits(model, inputs), alone)
+        assert torch.equal(logits(other, inputs), other_alone)
+        assert (run.steps, other_run.steps) == (1, 1)
+    assert torch.equal(logits(model, inputs), plain)
+
+
+# 9. Save and load -----------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+def test_save_and_load(case, family, tmp_path):
+    model, inputs = prepared(family, "sdpa", "one")
+    handle = case.stack.attach(model)
+    expected = logits(model, inputs)
+    handle.save_pretrained(tmp_path / "technique")
+    handle.detach()
+    loaded = load_techniques(tmp_path / "technique", model)
+    assert loaded == case.stack
+    with loaded(model):
+        assert torch.equal(logits(model, inputs), expected)
+    with pytest.raises(LoadError, match=r"asks for layers 6; this model has layers 5.*Load the model"):
+        load_techniques(tmp_path / "technique", tiny_model(family, "sdpa", layers=LAYERS - 1))
+
+
+# 10. Gradients --------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+def test_gradients(case, family, attn):
+    """The loss and its gradients are those of the reference, with and without checkpointing; frozen stays frozen."""
+    model = tiny_model(family, attn, fresh=True)
+    inputs = tiny_inputs(model, tiny_processor(family), "batch")
+    labels = inputs["input_ids"].masked_fill(~text_rows(model, inputs), -100)
+    model.requires_grad_(False)
+    layers = model.model.language_model.layers
+    chosen = {
+        "k_proj": layers[1].self_attn.k_proj.weight,
+        "up_proj": layers[2].mlp.up_proj.weight,
+        "norm": layers[0].input_layernorm.weight,
+    }
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+
+    def run(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.train(checkpointing)  # the tiny models have no dropout
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with case.stack(model):
+            loss = model(**inputs, labels=labels, use_cache=False).loss
+            loss.backward()
+        model.gradient_checkpointing_disable()
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in chosen.items()}
+
+    loss, gradients = run(checkpointing=False)
+    checkpointed_loss, checkpointed = run(checkpointing=True)
+    close(checkpointed_loss, loss)
+    for name, gradient in gradients.items():
+        close(checkpointed[name], gradient)
+
+    model.eval()
+    model.zero_grad()
+    reference = reference_loss(model, inputs, labels, case.reference)
+    reference.backward()
+    close(loss, reference.detach())
+    for name, parameter in chosen.items():
+        close(gradients[name], parameter.grad, tolerance=1e-4)
+
+
+def reference_loss(model, inputs, labels, options) -> torch.Tensor:
+    valid = inputs["attention_mask"].bool()
+    losses = []
+    for number, found in enumerate(reference_logits(model, inputs, **options)):
+        target = labels[number][valid[number]]
+        losses.append(torch.nn.functional.cross_entropy(found[:-1], target[1:], reduction="none", ignore_index=-100))
+    total = torch.cat(losses)
+    counted = sum(int((labels[n][valid[n]][1:] != -100).sum()) for n in range(len(losses)))
+    # the model also predicts a row's first token from the padding before it; those few are left out on both sides
+    return total.sum() / counted
+
+
+@every_family
+def test_reentrant_checkpointing_is_refused(family):
+    model = tiny_model(family, "sdpa", fresh=True)
+    inputs = tiny_inputs(model, tiny_processor(family), "one")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with NAAViT()(model), pytest.raises(UnsupportedModelError, match="use_reentrant"):
+        model(**inputs, use_cache=False)
+
+
+# 11. Cost is honest ---------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+@pytest.mark.parametrize("kind", ["one", "batch"])
+def test_cost_equals_what_is_counted(case, family, attn, kind):
+    model, inputs = prepared(family, attn, kind)
+    counted = counted_flops(model, lambda: logits(model, inputs))
+    with Stack()(model) as run:
+        logits(model, inputs)
+    assert run.flops == run.dense_flops
+    assert run.flops == pytest.approx(counted, rel=0.01)
+    with case.stack(model) as run:
+        counted = counted_flops(model, lambda: logits(model, inputs))
+        assert run.flops == pytest.approx(counted, rel=0.01)
+        run.reset()
+        counted = counted_flops(
+            model, lambda: model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        )
+        assert run.flops == pytest.approx(counted, rel=0.01)
+
+
+def counted_flops(model, call: Callable[[], Any]) -> int:
+    """FLOPs that torch counts inside the decoder layers."""
+    counter = FlopCounterMode(display=False, depth=None)
+    with counter:
+        call()
+    # passive rows run their projections from a hook, outside the layer's own scope: count the whole decoder
+    totals = counter.get_flop_counts()
+    names = [name for name in totals if name.endswith("language_model")]
+    assert len(names) == 1, names
+    return sum(totals[names[0]].values())
+
+
+# 12. No leakage -------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@every_family
+@every_backend
+def test_no_text_position_sees_later_answer_tokens(case, family, attn):
+    model, inputs = prepared(family, attn, "batch")
+    length = inputs["input_ids"].shape[1]
+    batch = inputs["input_ids"].shape[0]
+    answers = [torch.full((batch, 3), token) for token in (7, 8)]
+    with case.stack(model):
+        first, second = (logits(model, extend(inputs, answer)) for answer in answers)
+    text = text_rows(model, inputs)
+    assert torch.equal(first[:, :length][text], second[:, :length][text])
+    assert not torch.allclose(first[:, length:], second[:, length:])
