@@ -147,6 +147,21 @@ class CacheState:
         valid = None if rows.valid is None else torch.nn.functional.pad(rows.valid, (0, tail), value=True)
         return Rows(torch.cat((rows.index, new), dim=1), valid, rows.length + tail)
 
+    def cropped(self, length: int) -> CacheState | None:
+        """The state once the last tokens are cut off again; None where dropped rows are among them."""
+        cut, rows = self.length - length, {}
+        for old in self.rows:
+            if old.index is None:
+                rows[old] = Rows(None, None, length)
+                continue
+            tail = torch.arange(length, self.length, device=old.index.device)
+            whole = old.valid is None or bool(old.valid[:, -cut:].all())
+            if cut >= old.length or not whole or not bool((old.index[:, -cut:] == tail).all()):
+                return None
+            valid = None if old.valid is None else old.valid[:, :-cut]
+            rows[old] = Rows(old.index[:, :-cut], valid, old.length - cut)
+        return CacheState(length, tuple(rows[old] for old in self.rows))
+
 
 class _JoinedCache:
     """Stands in for the cache inside one attention call: passive keys and values join the active ones."""
@@ -212,13 +227,17 @@ class Step:
         """The cache must hold what the state says: every layer the same number of keys, or the recorded ones."""
         length = self.layout.past_length
         found = _lengths(cache)
+        if self.past is not None and length < self.past.length:  # cropped, as assisted decoding does
+            cropped = self.past.cropped(length)
+            if cropped is None:
+                raise CacheError(
+                    f"The cache was cropped to {length} of the {self.past.length} tokens that were read together with "
+                    "images, into rows that layers have dropped. Start again with an empty cache."
+                )
+            self.past = cropped
+            setattr(cache, _CACHE_STATE, cropped)
         if self.past is None:
             expected = [length] * len(found)
-        elif length < self.past.length:
-            raise CacheError(
-                f"The cache was cropped to {length} tokens, into the {self.past.length} that were read together with "
-                "images; which rows were dropped there is no longer known. Start again with an empty cache."
-            )
         else:
             batch = next((rows.index.shape[0] for rows in self.past.rows if rows.index is not None), self.batch)
             if batch != self.batch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def _build(family: str, attn: str, seed: int, layers: int) -> PreTrainedModel:
     return model.eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cached(family: str, attn: str, seed: int, layers: int) -> PreTrainedModel:
     return _build(family, attn, seed, layers)
 
@@ -259,7 +259,7 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_processor(family: str) -> ProcessorMixin:
     """The family's own processor over :func:`tiny_tokenizer`; shared between tests, which may only read it."""
     tokenizer = tiny_tokenizer(family)
@@ -279,9 +279,7 @@ def tiny_processor(family: str) -> ProcessorMixin:
     side = _SIDE[family]
     if family == "llava":
         return LlavaProcessor(
-            image_processor=CLIPImageProcessor(
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-            ),
+            image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
             tokenizer=tokenizer,
             patch_size=_PATCH,
             vision_feature_select_strategy="default",

@@ -1,0 +1,409 @@
+"""What is special to the engine: rows, ragged caches over several turns, and everything it refuses."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_image, tiny_inputs, tiny_model, tiny_processor, visual_mask
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from mllm import Stack, TokenLayout
+from mllm.engine import Rows, _key_order
+from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
+from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_backend = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+
+
+def prepared(family="llava", attn="sdpa", kind="one"):
+    model = tiny_model(family, attn)
+    return model, tiny_inputs(model, tiny_processor(family), kind)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+masks = st.integers(1, 4).flatmap(
+    lambda batch: st.integers(1, 12).flatmap(
+        lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=batch, max_size=batch)
+    )
+)
+
+
+@given(masks)
+def test_selected_rows_are_the_wanted_ones_in_order(wanted):
+    wanted = torch.tensor(wanted)
+    rows = Rows.select(wanted, wanted.sum(dim=1).tolist())
+    for number, row in enumerate(wanted):
+        valid = torch.ones(rows.length, dtype=torch.bool) if rows.valid is None else rows.valid[number]
+        assert rows.index[number][valid].tolist() == row.nonzero()[:, 0].tolist()
+        assert len(set(rows.index[number].tolist())) == rows.length  # fillers repeat nothing
+
+
+@given(masks, st.integers(0, 2**31))
+def test_take_and_put_are_inverse_and_leave_the_others(wanted, seed):
+    wanted = torch.tensor(wanted)
+    states = torch.randn(*wanted.shape, 3, generator=torch.Generator().manual_seed(seed))
+    rows = Rows.select(wanted, wanted.sum(dim=1).tolist())
+    taken = rows.take(states, wanted.shape[0])
+    assert torch.equal(rows.put(states, taken), states)
+    changed = rows.put(states, taken + 1)
+    assert torch.equal(changed[wanted], states[wanted] + 1)
+    assert torch.equal(changed[~wanted], states[~wanted])
+
+
+@given(masks, st.randoms(use_true_random=False))
+def test_joined_keys_stand_in_sequence_order(wanted, random):
+    """Passive and active rows together give back the alive rows in order, whatever is ragged."""
+    alive = torch.tensor(wanted)
+    visual = torch.tensor([[random.random() < 0.5 for _ in row] for row in wanted])
+    sets = [alive, alive & ~visual, alive & visual]
+    rows, active, passive = (Rows.select(mask, mask.sum(dim=1).tolist()) for mask in sets)
+    order = _key_order(rows, active, passive, alive.shape[1])
+    joined = torch.cat([passive.index, active.index], dim=1).gather(1, order)
+    valid = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
+    assert torch.equal(joined[valid], rows.index[valid])
+
+
+@given(masks)
+def test_layout_counts_images_and_positions(visual):
+    visual = torch.tensor(visual)
+    layout = TokenLayout.from_inputs((9,), torch.where(visual, 9, 1))
+    assert torch.equal(layout.visual, visual)
+    rows = zip(visual.tolist(), layout.image_index.tolist(), layout.positions.tolist(), strict=True)
+    for row, index, position in rows:
+        expected, image = [], -1
+        for number, value in enumerate(row):
+            image += value and (number == 0 or not row[number - 1])
+            expected.append(image if value else -1)
+        assert index == expected
+        assert position == list(range(len(row)))
+
+
+def test_layout_without_features_sees_no_visual_tokens():
+    ids = torch.tensor([[9, 1, 9]])
+    assert not TokenLayout.from_inputs((9,), ids, has_visual=False).visual.any()
+    padded = TokenLayout.from_inputs((9,), ids, torch.tensor([[0, 1, 1]]))
+    assert padded.text.tolist() == [[False, True, False]]
+
+
+# --- turns and caches -------------------------------------------------------------------------------------------------
+
+
+def answer(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
+
+
+@every_backend
+@pytest.mark.parametrize("stack", [Stack(DyVTE(exit_layer=2)), Stack(NAAViT())], ids=str)
+@pytest.mark.parametrize("kind", ["one", "batch"])
+def test_a_second_text_turn_continues_the_ragged_cache(attn, stack, kind):
+    """Feeding the question in two calls gives the logits of one call."""
+    model, inputs = prepared(attn=attn, kind=kind)
+    length = inputs["input_ids"].shape[1]
+    extra = torch.randint(10, 90, (inputs["input_ids"].shape[0], 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], dim=1)
+    with stack(model) as run, torch.no_grad():
+        whole = model(
+            **{**inputs, "input_ids": torch.cat([inputs["input_ids"], extra], 1), "attention_mask": mask}
+        ).logits
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache, use_cache=True)
+        second = model(input_ids=extra, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        assert [layer.get_seq_length() for layer in cache.layers] == run.report().cache_lengths
+    torch.testing.assert_close(second, whole[:, length:], atol=1e-4, rtol=1e-4)
+
+
+@every_backend
+def test_a_second_turn_with_another_image(attn):
+    """After the exit, a new image of a later turn is seen up to the exit layer, and leaves like the first."""
+    model, processor = tiny_model("llava", attn), tiny_processor("llava")
+    texts = ["USER: see <image> what is it? A:", " a cat USER: and <image> now? A:"]
+    images = [tiny_image(1, (32, 32)), tiny_image(2, (32, 32))]
+    turns = [
+        processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=number == 0)
+        for number, (text, image) in enumerate(zip(texts, images, strict=True))
+    ]
+    both = {name: torch.cat([turn[name] for turn in turns], 0 if name == "pixel_values" else 1) for name in turns[0]}
+    length = turns[0]["input_ids"].shape[1]
+    with DyVTE(exit_layer=2)(model) as run, torch.no_grad():
+        whole = model(**both).logits
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**turns[0], past_key_values=cache)
+        second = model(**{**turns[1], "attention_mask": both["attention_mask"]}, past_key_values=cache).logits
+        text = (~visual_mask(model, both)).sum().item()
+        assert run.report().cache_lengths == [both["input_ids"].shape[1]] * 3 + [text] * 3
+        third = model(input_ids=torch.tensor([[20]]), past_key_values=cache).logits
+        longer = {**both, "input_ids": torch.cat([both["input_ids"], torch.tensor([[20]])], 1)}
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+        torch.testing.assert_close(third[:, 0], model(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
+    keep = ~visual_mask(model, turns[1])
+    torch.testing.assert_close(second[keep], whole[:, length:][keep], atol=1e-4, rtol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["one", "batch"])
+def test_beam_search_equals_itself_without_cache(family, kind):
+    model, inputs = prepared(family, kind=kind)
+    with DyVTE(exit_layer=2)(model):
+        cached = answer(model, inputs, num_beams=3)
+        free = answer(model, inputs, num_beams=3, use_cache=False)
+    assert torch.equal(cached, free)
+
+
+def test_sampling_and_several_sequences():
+    model, inputs = prepared(kind="batch")
+    with DyVTE(exit_layer=2)(model):
+        torch.manual_seed(0)
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2)
+        torch.manual_seed(0)
+        again = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2, use_cache=False)
+    assert torch.equal(first, again)
+
+
+@every_backend
+def test_a_copied_cache_goes_on(attn):
+    """Reusing one prompt's cache for several questions, as users do by copying it."""
+    model, inputs = prepared(attn=attn)
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        token = torch.tensor([[30]])
+        first = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        again = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+    assert torch.equal(first, again)
+
+
+def test_cropping_answer_tokens_is_fine_and_cropping_the_prompt_is_refused():
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        plain = model(input_ids=torch.tensor([[30]]), past_key_values=copy.deepcopy(cache)).logits
+        model(input_ids=torch.tensor([[40, 41]]), past_key_values=cache)
+        cache.crop(-2)
+        assert torch.equal(model(input_ids=torch.tensor([[30]]), past_key_values=cache).logits, plain)
+        cache.crop(-30)
+        with pytest.raises(CacheError, match="cropped"):
+            model(input_ids=torch.tensor([[30]]), past_key_values=cache)
+
+
+def test_a_cache_filled_elsewhere_is_refused():
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        stranger = DynamicCache(config=model.config.get_text_config())
+        for number, layer in enumerate(cache.layers):
+            stranger.update(layer.keys, layer.values, number)
+        with pytest.raises(CacheError, match="expected"):
+            model(input_ids=torch.tensor([[30]]), past_key_values=stranger)
+        doubled = copy.deepcopy(cache)
+        doubled.batch_repeat_interleave(2)
+        with pytest.raises(CacheError, match="batch of 1 and is used with 2"):
+            model(input_ids=torch.tensor([[30], [31]]), past_key_values=doubled)
+
+
+def test_assisted_decoding_by_prompt_lookup():
+    """It crops the cache after every rejected guess."""
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model):
+        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        guessed = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(plain, guessed)
+
+
+def test_static_caches_are_refused():
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model), pytest.raises(UnsupportedModelError, match=r"StaticLayer.*cache_implementation"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+# --- what callers of the plain model rely on --------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("stack", [Stack(DyVTE(exit_layer=2)), Stack(NAAViT(layers=[1, 3]))], ids=str)
+def test_hidden_states_have_full_length(family, stack):
+    model, inputs = prepared(family, kind="batch")
+    with stack(model), torch.no_grad():
+        states = model(**inputs, output_hidden_states=True)
+        plain = model(**inputs)
+    assert [s.shape[:2] for s in states.hidden_states] == [inputs["input_ids"].shape] * 7
+    text = inputs["attention_mask"].bool() & ~visual_mask(model, inputs)
+    torch.testing.assert_close(states.logits[text], plain.logits[text], atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(plain.logits).all()
+
+
+def test_hidden_states_under_generate():
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model):
+        output = answer(model, inputs, output_hidden_states=True, return_dict_in_generate=True)
+    assert [s.shape[1] for s in output.hidden_states[0]] == [inputs["input_ids"].shape[1]] * 7
+
+
+def test_attention_weights_are_refused():
+    model, inputs = prepared(attn="eager")
+    with NAAViT()(model), pytest.raises(UnsupportedModelError, match="output_attentions"):
+        model(**inputs, output_attentions=True)
+
+
+@every_family
+def test_inputs_as_embeddings(family):
+    """Pictures with embedded text: the placeholders are told by their embedding."""
+    model, inputs = prepared(family)
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    if family == "qwen2_5_vl":
+        rest["position_ids"] = torch.arange(embeds.shape[1]).expand(3, 1, -1)
+        inputs = {**inputs, "position_ids": rest["position_ids"]}
+    with DyVTE(exit_layer=2)(model) as run, torch.no_grad():
+        by_ids = model(**inputs).logits
+        by_embeddings = model(**rest, inputs_embeds=embeds).logits
+    assert run.visual_steps == 2
+    assert torch.equal(by_ids, by_embeddings)
+
+
+def test_positional_arguments():
+    model, inputs = prepared()
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        named = model(**inputs).logits
+        placed = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]).logits
+    assert torch.equal(named, placed)
+
+
+@every_family
+def test_no_mask_argument_at_all(family):
+    model, inputs = prepared(family)
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with Stack(FreezeVisual(layers=[1, 2]), DyVTE(exit_layer=3))(model), torch.no_grad():
+        torch.testing.assert_close(model(**bare).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_two_threads_do_not_mix_their_calls():
+    model = tiny_model("llava", "sdpa")
+    jobs = [tiny_inputs(model, tiny_processor("llava"), kind) for kind in ("one", "batch", "two_images", "text")]
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        expected = [model(**inputs).logits for inputs in jobs]
+        found: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(jobs))}
+
+        def work(number):
+            with torch.no_grad():
+                for _ in range(5):
+                    found[number].append(model(**jobs[number]).logits)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(len(jobs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, results in found.items():
+        assert len(results) == 5
+        assert all(torch.equal(result, expected[number]) for result in results)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), max_size=6),
+    st.lists(st.integers(0, 5), max_size=6),
+    st.integers(0, 5),
+    st.sampled_from(["one", "batch", "same_length_ragged"]),
+)
+def test_any_mixture_of_layers_runs_and_counts(naavit, freeze, exit_layer, kind):
+    """Cached and cache-free agree for any layers, and the cost is what the cache and the layers show."""
+    model, inputs = prepared(kind=kind)
+    naavit = [n for n in naavit if n <= exit_layer]
+    freeze = [n for n in freeze if n <= exit_layer and n not in naavit]
+    stack = Stack(NAAViT(layers=naavit), FreezeVisual(layers=freeze), DyVTE(exit_layer=exit_layer))
+    with stack(model) as run:
+        output = answer(model, inputs, return_dict_in_generate=True, output_logits=True)
+        lengths = [layer.get_seq_length() for layer in output.past_key_values.layers]
+        assert lengths == run.report().cache_lengths
+        assert lengths[0] == inputs["input_ids"].shape[1] + 2
+        free = answer(model, inputs, use_cache=False)
+    assert torch.equal(output.sequences, free)
+
+
+# --- attaching --------------------------------------------------------------------------------------------------------
+
+
+def test_one_attachment_at_a_time():
+    model, _ = prepared()
+    with NAAViT()(model), pytest.raises(ConflictError, match=r"NAAViT.*is attached to this model already.*one Stack"):
+        DyVTE(exit_layer=2).attach(model)
+    DyVTE(exit_layer=2).attach(model).detach()
+
+
+@pytest.mark.parametrize("technique", [DyVTE(exit_layer=6), NAAViT(layers=[6])], ids=repr)
+def test_layers_beyond_the_model(technique):
+    with pytest.raises(ConfigError, match="6 layers"):
+        technique.attach(tiny_model("llava", "sdpa"))
+
+
+def test_other_models_are_named():
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"'llama'.*llava, llava_next, llava_onevision, qwen2_5_vl"):
+        NAAViT().attach(model)
+
+
+def test_layers_built_differently_are_refused():
+    model = tiny_model("llava", "sdpa", fresh=True)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_norm = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer is not built of"):
+        NAAViT().attach(model)
+    DyVTE(exit_layer=2).attach(model).detach()  # needs only the rows
+
+
+def test_layers_replaced_after_attaching_are_noticed():
+    model = tiny_model("llava", "sdpa", fresh=True)
+    inputs = tiny_inputs(model, tiny_processor("llava"), "one")
+    with DyVTE(exit_layer=2)(model):
+        layers = model.model.language_model.layers
+        layers[3] = copy.deepcopy(layers[2])
+        layers[3]._forward_pre_hooks.clear()
+        with pytest.raises(DidNotFireError, match="5 of 6 decoder layers"), torch.no_grad():
+            model(**inputs)
+
+
+def test_a_peft_model_is_looked_through():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llava", "sdpa", fresh=True)
+    inputs = tiny_inputs(model, tiny_processor("llava"), "one")
+    targets = r".*language_model.*(k_proj|up_proj)"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    with NAAViT()(wrapped) as run:
+        wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert run.visual_steps == 1
+    grads = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert grads
+    assert all(grad is not None for grad in grads.values())
+    assert all("lora" in name for name in grads)
+
+
+def test_run_reset_and_report_text():
+    model, inputs = prepared()
+    count = int(visual_mask(model, inputs).sum())
+    with DyVTE(exit_layer=2)(model) as run, torch.no_grad():
+        assert str(run.report()) == "no visual tokens, FLOPs 1.00x, KV 1.00x"
+        model(**inputs)
+        report = run.report()
+        assert str(report).startswith(f"visual {count} -> 0 after layer 2, FLOPs 0.")
+        assert report.exit_layer == [2]
+        assert report.to_dict()["flops_ratio"] == report.flops / report.dense_flops
+        run.reset()
+        assert (run.flops, run.steps) == (0, 0)
+
+
+def test_exit_layer_per_row_in_the_report():
+    model, inputs = prepared(kind="batch")
+    with DyVTE(exit_layer=2)(model) as run, torch.no_grad():
+        model(**inputs)
+    assert run.report().exit_layer == [2, 2, 2, None]
