@@ -193,7 +193,7 @@ def measure_command(
 def main() -> None:
     """Run the command line; a user's mistake ends with its message on stderr and exit code 1."""
     try:
-        app()
+        app(prog_name="mllm")
     except MllmError as error:
         print(f"mllm: {error}", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,6 @@ counts every query times every key that the layer holds, causal or not, which is
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +82,7 @@ def resolve_architecture(name: str) -> ModelSpec:
         raise ConfigError(
             f"Unknown architecture {name!r}. Known: {', '.join(ARCHITECTURES)}, default, or the path of a model folder."
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from mllm import towers
@@ -90,7 +90,7 @@ def resolve_architecture(name: str) -> ModelSpec:
     towers.register()
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise LoadError(f"{folder} holds no readable config.json: {error}") from error
     return ModelSpec.from_config(config.get_text_config(decoder=True))
 

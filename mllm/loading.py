@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -69,6 +68,8 @@ def load(
         UnsupportedModelError: a model of another family.
         ConfigError: an unknown backend, dtype or device.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from mllm import towers
@@ -89,7 +90,7 @@ def load(
         raise LoadError(f"{source} is not a model folder. Give a folder with a config.json, a hub name, or 'default'.")
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise LoadError(f"{source} has no config that transformers can read: {error}") from error
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
@@ -105,7 +106,7 @@ def load(
             **kwargs,
         )
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise LoadError(f"{source} cannot be loaded: {error}") from error
     if loading["missing_keys"]:
         names = sorted(loading["missing_keys"])

@@ -86,6 +86,8 @@ class VisionTowerModel(PreTrainedModel):
     config_class = VisionTowerConfig
     main_input_name = "pixel_values"
     base_model_prefix = "tower"
+    # the encoder attends in its own way, whichever backend the decoder runs on
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__(config)
