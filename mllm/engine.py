@@ -206,7 +206,9 @@ class Step:
         self.batch, self.width = layout.visual.shape
         self.visual = visual
         self.whole = whole  # hidden states of every layer must have full length
-        self.past: CacheState | None = getattr(cache, _CACHE_STATE, None) if layout.past_length else None
+        if not layout.past_length and hasattr(cache, _CACHE_STATE):  # the cache was reset
+            delattr(cache, _CACHE_STATE)
+        self.past: CacheState | None = getattr(cache, _CACHE_STATE, None)
         everything = Rows(None, None, self.width)
         self.split = self._whole_split = Split(everything, everything)
         self.reduced: Tensor | None = None  # (B, S) bool, alive rows once a technique has dropped some
@@ -216,6 +218,8 @@ class Step:
         self.fired: set[Technique] = set()
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
         self._passive: Tensor | None = None  # (B, P, D)
+        self._no_past = Rows(None, None, layout.past_length)
+        self._counted: tuple[Tensor, Tensor] | None = None  # alive rows, and how many of them are visual
         self._known: dict[tuple, Split] = {}
         self._gathered: dict[tuple, Any] = {}
         # nothing to do in the layers: no visual rows in this call, and none dropped in an earlier one
@@ -310,10 +314,9 @@ class Step:
                     raise ConfigError(f"{technique!r} drops rows before layer 0, which must hold the whole sequence.")
                 self.fired.add(technique)
                 alive = self.reduced = alive & keep  # (B, S)
-        if not self.visual_per_layer or alive is not self._alive_before:
-            self._count = (alive & layout.visual).sum(dim=1)  # (B,)
-        self._alive_before = alive
-        self.visual_per_layer.append(self._count)
+        if self._counted is None or self._counted[0] is not alive:
+            self._counted = alive, (alive & layout.visual).sum(dim=1)  # (B,)
+        self.visual_per_layer.append(self._counted[1])
 
     def _divide(self, policy: VisualPolicy | None) -> Split:
         """The split for the rows alive now; the only place that waits for the device, once per division."""
@@ -344,12 +347,11 @@ class Step:
         return full if split.passive is None else split.passive.put(full, self._passive)
 
     def _past(self, number: int) -> Rows:
-        length = self.layout.past_length
         if self.past is None:
-            return Rows(None, None, length)
+            return self._no_past
         key = ("past", self.past.rows[number])
         if key not in self._gathered:
-            self._gathered[key] = self.past.past(number, length)
+            self._gathered[key] = self.past.past(number, self.layout.past_length)
         return self._gathered[key]
 
     def _take(self, what: str, rows: Rows, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -209,6 +209,32 @@ def test_a_cache_filled_elsewhere_is_refused():
             model(input_ids=torch.tensor([[30], [31]]), past_key_values=doubled)
 
 
+def test_a_reset_cache_starts_again():
+    model, inputs = prepared()
+    text = tiny_inputs(model, tiny_processor("llava"), "text")
+    with DyVTE(exit_layer=2)(model), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        cache.reset()
+        model(**text, past_key_values=cache)
+        token = model(input_ids=torch.tensor([[30]]), past_key_values=cache).logits
+        fresh = DynamicCache(config=model.config.get_text_config())
+        model(**text, past_key_values=fresh)
+        assert torch.equal(model(input_ids=torch.tensor([[30]]), past_key_values=fresh).logits, token)
+
+
+def test_masks_are_made_once_for_the_layers_that_share_them(monkeypatch):
+    from mllm.engine import Step
+
+    made = []
+    original = Step._make_mask
+    monkeypatch.setattr(Step, "_make_mask", lambda self, *args: made.append(1) or original(self, *args))
+    model, inputs = prepared(kind="batch")
+    with Stack(NAAViT(layers="0:3"), DyVTE(exit_layer=3))(model), torch.no_grad():
+        model(**inputs)
+    assert len(made) == 2  # layers 0 to 2, and 4 to 5; layer 3 runs on the model's own mask
+
+
 def test_assisted_decoding_by_prompt_lookup():
     """It crops the cache after every rejected guess."""
     model, inputs = prepared()
