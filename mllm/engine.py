@@ -23,6 +23,7 @@ import inspect
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError,
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout, valid_tokens
 from mllm.run import Run
+from mllm.technique import LayerView
 
 if TYPE_CHECKING:
     from mllm.technique import Stack, Technique, VisualPolicy
@@ -215,6 +217,7 @@ class Step:
         self.visual_per_layer: list[Tensor] = []
         self.splits: list[Split] = []
         self.work: Counter[LayerWork] = Counter()
+        self.extra_flops = 0
         self.fired: set[Technique] = set()
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
         self._passive: Tensor | None = None  # (B, P, D)
@@ -262,12 +265,11 @@ class Step:
         """Prepare ``kwargs`` for layer ``number`` and return the rows that run it, (B, active, D)."""
         policy = self.engine.policies[number] if self.visual else None
         before = self.split
-        self._reduce(number)
+        self._reduce(number, hidden)
         self.split = split = self._divide(policy)
         self.splits.append(split)
         if split is not before or self.whole:
-            full = hidden if self.whole else self._restore(before, hidden)
-            self._full = full
+            self._full = full = hidden if self.whole else self._restore(before, hidden)
             hidden = split.active.take(full, self.batch)
             self._passive = None if split.passive is None else split.passive.take(full, self.batch)
         past = self._past(number)
@@ -299,24 +301,34 @@ class Step:
             return None
         return self._restore(self.split, hidden)
 
-    def _reduce(self, number: int) -> None:
+    def _reduce(self, number: int, hidden: Tensor) -> None:
         """Ask the techniques which rows stay."""
         if not self.visual:
             return
         spec, layout = self.engine.spec, self.layout
         alive = layout.valid if self.reduced is None else self.reduced
         for technique in self.engine.active:
-            keep = technique.keep(number, layout, alive, spec)
             if technique.visual_policy(number, spec) is not None:
                 self.fired.add(technique)
-            if keep is not None:
-                if number == 0:
-                    raise ConfigError(f"{technique!r} drops rows before layer 0, which must hold the whole sequence.")
-                self.fired.add(technique)
-                alive = self.reduced = alive & keep  # (B, S)
+            view = LayerView(number, spec, layout, alive, partial(self._states, hidden), self._spend)
+            keep = technique.keep(view)
+            if keep is None:
+                continue
+            self.fired.add(technique)
+            if keep is alive:
+                continue
+            if number == 0:
+                raise ConfigError(f"{technique!r} drops rows before layer 0, which must hold the whole sequence.")
+            alive = self.reduced = alive & keep  # (B, S)
         if self._counted is None or self._counted[0] is not alive:
             self._counted = alive, (alive & layout.visual).sum(dim=1)  # (B,)
         self.visual_per_layer.append(self._counted[1])
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        return hidden if self.whole else self._restore(self.split, hidden)
+
+    def _spend(self, flops: int) -> None:
+        self.extra_flops += flops
 
     def _divide(self, policy: VisualPolicy | None) -> Split:
         """The split for the rows alive now; the only place that waits for the device, once per division."""
@@ -464,7 +476,7 @@ class Step:
             lengths = [length] * layers
         else:
             lengths = [self._past(n).length + split.alive.length for n, split in enumerate(self.splits)]
-        engine.run.count(self.work, self.batch, self.width, length)
+        engine.run.count(self.work, self.extra_flops, self.batch, self.width, length)
         if cache is None:
             engine.run.count_cache([], 0, 0, 0)
             return

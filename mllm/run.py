@@ -86,10 +86,10 @@ class Run:
         """Zero the counters; the attachment stays."""
         self.__init__(self.spec)
 
-    def count(self, work: Mapping[LayerWork, int], rows: int, queries: int, keys: int) -> None:
-        """Book one call: how many layers did which work, and what the plain model would have done instead."""
+    def count(self, work: Mapping[LayerWork, int], extra: int, rows: int, queries: int, keys: int) -> None:
+        """Book one call: how many layers did which work, FLOPs beside it, and what the plain model would have done."""
         self.steps += 1
-        self.flops += sum(layers * layer.flops(self.spec) for layer, layers in work.items())
+        self.flops += extra + sum(layers * layer.flops(self.spec) for layer, layers in work.items())
         dense = LayerWork(rows * queries, rows * queries * keys)
         self.dense_flops += dense.flops(self.spec) * self.spec.layers
 

@@ -10,7 +10,7 @@ It holds no state: what happens in a forward lives in the :class:`~mllm.run.Run`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -38,6 +38,27 @@ class VisualPolicy:
 
     own_value: bool
     ffn: bool
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a token reducer sees before a layer of one call.
+
+    Attributes:
+        layer: 0-based.
+        spec: the decoder's shape.
+        layout: the call's tokens.
+        alive: (B, S) bool, rows that entered the layer before; False for padding.
+        states: returns (B, S, D), the residual stream that enters the layer; rows that left are as they were then.
+        spend: books FLOPs that the technique itself uses.
+    """
+
+    layer: int
+    spec: ModelSpec
+    layout: TokenLayout
+    alive: Tensor
+    states: Callable[[], Tensor]
+    spend: Callable[[int], None]
 
 
 def _parse_layers(value: Any) -> Any:
@@ -113,17 +134,12 @@ class Technique(BaseModel):
         """What visual rows do in ``layer``; None: they run it like any other row."""
         return None
 
-    def keep(self, layer: int, layout: TokenLayout, alive: Tensor, spec: ModelSpec) -> Tensor | None:
-        """Rows that enter ``layer``, asked before each layer of a call with visual input.
-
-        Args:
-            layer: 0-based.
-            layout: the call's tokens.
-            alive: (B, S) bool, rows that entered the layer before.
-            spec: the decoder's shape.
+    def keep(self, view: LayerView) -> Tensor | None:
+        """Rows that enter ``view.layer``, asked before each layer of a call with visual input.
 
         Returns:
-            (B, S) bool, or None to keep what is alive. Rows that are not alive cannot come back.
+            (B, S) bool; ``view.alive`` itself where the technique looked and drops nothing; None where it has no say
+            in this layer. Rows that are not alive cannot come back.
         """
         return None
 

@@ -311,9 +311,9 @@ class Leaky(DyVTE):
     name: ClassVar[str] = "Leaky"
     what: str
 
-    def keep(self, layer, layout, alive, spec):
-        keep = super().keep(layer, layout, alive, spec)
-        if layer == 0:
+    def keep(self, view):
+        keep = super().keep(view)
+        if view.layer == 0:
             Leaky.leak(self.what, Leaky.victim)
         return keep
 

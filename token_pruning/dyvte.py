@@ -23,8 +23,7 @@ from torch import Tensor
 
 from mllm.cost import ModelSpec
 from mllm.errors import ConfigError
-from mllm.layout import TokenLayout
-from mllm.technique import Technique, register
+from mllm.technique import LayerView, Technique, register
 
 
 @register
@@ -59,7 +58,7 @@ class DyVTE(Technique):
     def is_neutral(self, spec: ModelSpec) -> bool:
         return self.last_visual_layer(spec) == spec.layers - 1
 
-    def keep(self, layer: int, layout: TokenLayout, alive: Tensor, spec: ModelSpec) -> Tensor | None:
-        if layer != self.last_visual_layer(spec) + 1:
+    def keep(self, view: LayerView) -> Tensor | None:
+        if view.layer != self.last_visual_layer(view.spec) + 1:
             return None
-        return alive & ~layout.visual  # (B, S)
+        return view.alive & ~view.layout.visual  # (B, S)
