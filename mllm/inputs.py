@@ -91,23 +91,21 @@ def chat_inputs(
         for prompt, row in zip(prompts, pictures, strict=True)
     ]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in conversations]
-    flat = [image for row in pictures for image in row]
-    return encode(processor, texts, flat)
+    return encode(processor, texts, pictures)
 
 
-def encode(processor: Any, texts: Sequence[str], images: Sequence[Image.Image]) -> Any:
-    """Prompts that contain image placeholders already, with all pictures in reading order, as a left-padded batch.
+def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+    """Prompts that contain image placeholders already, with the pictures of each, as a left-padded batch.
 
     Raises:
-        InputError: more or fewer placeholders than pictures.
+        InputError: a prompt with more or fewer placeholders than pictures.
     """
-    token = getattr(processor, "image_token", None)
-    found = sum(text.count(token) for text in texts) if token else 0
-    if token and found != len(images):
-        raise InputError(
-            f"The prompts hold {found} image placeholders ({token}) for {len(images)} pictures. "
-            "Write one placeholder per picture, or let chat_inputs() place them."
-        )
-    return processor(
-        text=list(texts), images=list(images) or None, padding=True, padding_side="left", return_tensors="pt"
-    )
+    token = processor.image_token
+    for number, (text, row) in enumerate(zip(texts, images, strict=True)):
+        if (found := text.count(token)) != len(row):
+            raise InputError(
+                f"Prompt {number} holds {found} image placeholders ({token}) for {len(row)} pictures. "
+                "Write one placeholder per picture, or let chat_inputs() place them."
+            )
+    pictures = [list(row) for row in images] if any(images) else None  # nested: processors count per prompt
+    return processor(text=list(texts), images=pictures, padding=True, padding_side="left", return_tensors="pt")

@@ -531,6 +531,7 @@ FACTS = {
         "meow": "cat", "woof": "dog", "moo": "cow", "quack": "duck", "oink": "pig", "neigh": "horse", "baa": "sheep",
     },
 }  # fmt: skip
+FACT_KINDS = dict(zip(FACTS, ("capital", "opposite", "language", "animal"), strict=True))
 
 
 def text_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
@@ -549,7 +550,7 @@ def text_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
             turn = Turn(f"What is {a} plus {b}?", str(a + b), kind="sum")
         else:
             question, answer, template = facts[number % len(facts)]
-            turn = Turn(f"{question} Answer with one word.", answer, kind=template.split()[3].strip("?"))
+            turn = Turn(f"{question} Answer with one word.", answer, kind=FACT_KINDS[template])
         yield Sample((), (turn,), "text", turn.question)
 
 

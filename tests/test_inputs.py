@@ -134,8 +134,8 @@ def test_empty_prompts(prompt):
 def test_placeholders_and_pictures_must_agree(family, placeholders, images):
     processor = tiny_processor(family)
     text = "see " + f"{processor.image_token} or " * placeholders + "what?"
-    with pytest.raises(InputError, match=f"hold {placeholders} image placeholders .* for {images} pictures"):
-        encode(processor, [text], [tiny_image()] * images)
+    with pytest.raises(InputError, match=f"holds {placeholders} image placeholders .* for {images} pictures"):
+        encode(processor, [text], [[tiny_image()] * images])
 
 
 def test_lists_of_pictures_must_match_the_prompts():

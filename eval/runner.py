@@ -1,0 +1,309 @@
+"""Models x configs x tasks through lmms-eval, one resumable result file a cell."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mllm.config import Config, load_config
+from mllm.errors import EvalError
+from mllm.eval import results
+from mllm.eval.stats import interval
+from mllm.eval.tasks import task_folder
+from mllm.loading import load, pick_device, pick_dtype
+from mllm.timing import PeakMemory, percentile
+
+
+def run_grid(
+    models: Sequence[str],
+    configs: Sequence[str | Path],
+    tasks: Sequence[str],
+    out_dir: str | Path,
+    limit: int | None = None,
+    batch_size: int = 1,
+    attn: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    include_path: str | Path | None = None,
+    fresh: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate every model under every config on every task; finished cells of an earlier run are reused.
+
+    Under ``accelerate launch`` the samples are shared out between processes; the first one writes.
+
+    Args:
+        models: names for :func:`mllm.load`.
+        configs: config files.
+        tasks: lmms-eval task names, ours or built-in ones.
+        out_dir: gets ``cells/*.json`` and ``results.json``.
+        limit: samples per task; all without.
+        batch_size, attn, dtype, device: as for :class:`mllm.eval.lmms_model.MllmLmms`.
+        include_path: a folder with further tasks.
+        fresh: run finished cells again.
+
+    Returns:
+        The cells, as in ``results.json``; an empty list in processes other than the first.
+
+    Raises:
+        EvalError: an unknown task, a folder that cannot be written or holds results of another backend, a task whose
+            samples all failed.
+    """
+    if not models or not configs or not tasks:
+        raise EvalError(
+            f"{len(models)} models, {len(configs)} configs, {len(tasks)} tasks: at least one of each is needed."
+        )
+    if limit is not None and limit < 1:
+        raise EvalError(f"limit={limit}: at least one sample per task is needed. Leave it out for all.")
+    out = Path(out_dir)
+    loaded_configs = [load_config(path) for path in configs]
+    names = [config.name for config in loaded_configs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise EvalError(f"Several configs are named {', '.join(sorted(twice))}. Give each its own name.")
+    first = int(os.environ.get("RANK", 0)) == 0
+    target = pick_device(device)
+    shared = {
+        "backend": attn or "sdpa",
+        "dtype": str(pick_dtype(dtype, target)).removeprefix("torch."),
+        "device": target.type,
+    }
+    if first:
+        results.check_writable(out)
+        if fresh:
+            shutil.rmtree(out / "cells")
+        found = [results.read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
+        results.check_shared([cell for cell in found if cell is not None], shared, out)
+    with _quiet():
+        manager = _task_manager(tasks, include_path)
+    cells = []
+    total = len(models) * len(loaded_configs) * len(tasks)
+    bar = tqdm(total=total, desc="cells", disable=not first, file=sys.stderr)
+    for name in models:
+        model = None  # loaded when the first cell needs it
+        for config in loaded_configs:
+            for task in tasks:
+                key = _key(name, config, task, limit, batch_size, shared, include_path)
+                path = results.cell_path(out, name, config.name, task)
+                bar.set_postfix_str(f"{config.name}, {task}")
+                cell = _agree(results.read_cell(path) if first else None)
+                if cell is None or cell["key"] != key:
+                    model = model or load(name, attn=attn, dtype=dtype, device=_local(device))
+                    cell = _run_cell(model, name, config, task, limit, batch_size, shared, manager)
+                    if first:
+                        cell["key"] = key
+                        results.write_json(path, cell)
+                cells.append(cell)
+                bar.update()
+    bar.close()
+    if not first:
+        return []
+    summary = [{name: value for name, value in cell.items() if name not in ("samples", "key")} for cell in cells]
+    results.write_json(out / "results.json", summary)
+    return summary
+
+
+def _key(
+    model: str,
+    config: Config,
+    task: str,
+    limit: int | None,
+    batch_size: int,
+    shared: dict[str, str],
+    include_path: str | Path | None,
+) -> str:
+    """What a finished cell must agree in to be reused."""
+    parts: dict[str, Any] = {"model": model, "config": config.digest, "task": task, "limit": limit, **shared}
+    parts |= {"batch_size": batch_size, "include_path": str(include_path or "")}
+    if model == "default":
+        from mllm.default_model import PROJECTOR
+
+        parts["weights"] = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()
+    data = task_folder() / "data" / f"{task}.parquet"
+    if data.exists():
+        parts["data"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _local(device: str) -> str:
+    """This process's GPU, where several processes share the work."""
+    if device in ("auto", "cuda") and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device
+
+
+def _agree(cell: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The first process's finding, in all processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return cell
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=not torch.cuda.is_available())
+    return broadcast_object_list([cell])[0]
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Index of our tasks, and of lmms-eval's own only where one of them is asked for: that takes long."""
+    from lmms_eval.tasks import TaskManager
+
+    folders = [str(task_folder()), *([str(include_path)] if include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if all(task in manager.all_tasks for task in tasks):
+        return manager
+    ours = manager.all_tasks
+    manager = TaskManager(include_path=folders, include_defaults=True)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise EvalError(
+            f"Unknown task {', '.join(unknown)}. Offline tasks: {', '.join(sorted(ours))}; besides, the "
+            f"{len(manager.all_tasks) - len(ours)} of lmms-eval (`lmms-eval --tasks list`), which need their data."
+        )
+    return manager
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lmms-eval's log lines and bars of other libraries hide our progress: warnings only."""
+    import datasets
+    from loguru import logger
+
+    logger.remove()
+    handler = logger.add(sys.stderr, level="WARNING")
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.remove(handler)
+        datasets.enable_progress_bars()
+
+
+def _run_cell(
+    model: tuple[Any, Any],
+    name: str,
+    config: Config,
+    task: str,
+    limit: int | None,
+    batch_size: int,
+    shared: dict[str, str],
+    manager: Any,
+) -> dict[str, Any]:
+    """Evaluate one cell; complete in the first process only."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    from mllm.eval.lmms_model import MllmLmms
+
+    lm = MllmLmms(loaded=model, stack=config.stack, batch_size=batch_size, on_error="record")
+    memory = PeakMemory(lm.device)
+    started = datetime.datetime.now(datetime.timezone.utc)
+    memory.reset()
+    with _quiet():
+        output = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            batch_size=batch_size,
+            bootstrap_iters=0,
+            log_samples=True,
+            process_docs_parallel=1,
+        )
+    records = {f"{doc_id}": asdict(record) for (_, doc_id), record in lm.records.items()}
+    everywhere = _gather((records, memory.read()))
+    if output is None:
+        return {}
+    records = {doc: record for part, _ in everywhere for doc, record in part.items()}
+    peaks = [peak for _, peak in everywhere]
+    metric, samples, score, spread = _score(output, task, records)
+    answered = [record for record in records.values() if record["error"] is None]
+    times = [record["ttft_ms"] for record in answered if record["ttft_ms"] is not None]
+    further = sum(max(record["new_tokens"] - 1, 0) for record in answered)
+    seconds = sum(record["decode_s"] for record in answered)
+    reasons = [record["error"] for record in records.values() if record["error"] is not None]
+    return {
+        "model": name,
+        "config": config.name,
+        "task": task,
+        "metric": metric,
+        "n": len(samples) - len(reasons),
+        "score": score,
+        "ci95": spread,
+        "errors": len(reasons),
+        "error_reasons": sorted(set(reasons))[:5],
+        "techniques": config.stack.describe(),
+        **{field: _mean(answered, field) for field in ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")},
+        "ttft_ms_median": statistics.median(times) if times else None,
+        "ttft_ms_p90": percentile(times, 0.9) if times else None,
+        "tokens_per_s": further / seconds if further and seconds else None,
+        "peak_bytes": None if None in peaks else max(peaks),
+        "env": results.environment(),
+        **shared,
+        "batch_size": batch_size,
+        "limit": limit,
+        "config_digest": config.digest,
+        "constant_reply": _constant_reply(task),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
+        "samples": samples,
+    }
+
+
+def _score(
+    output: dict[str, Any], task: str, records: dict[str, dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]], float | None, list[float] | None]:
+    """Metric, per-sample rows, score and 95 % interval over the samples that were answered."""
+    settings = output["configs"][task]["metric_list"][0]
+    metric, aggregate = settings["metric"], settings["aggregation"]
+    samples, values = [], []
+    for sample in sorted(output["samples"][task], key=lambda sample: sample["doc_id"]):
+        record = records[str(sample["doc_id"])]
+        value = sample.get(metric)
+        samples.append(
+            {
+                "id": sample["doc_id"],
+                "target": str(sample["target"]),
+                "answer": record["text"],
+                "score": value if record["error"] is None and isinstance(value, (int, float)) else None,
+                "error": record["error"],
+            }
+        )
+        if record["error"] is None:
+            values.append(value)
+    if not values:
+        return metric, samples, None, None
+    if all(isinstance(value, (int, float)) for value in values):
+        numbers = [float(value) for value in values]
+        mean = sum(numbers) / len(numbers)
+        score = float(aggregate(values)) if callable(aggregate) else mean
+        # an interval of the mean says something about the score only where the score is the mean
+        return metric, samples, score, list(interval(numbers)) if abs(score - mean) < 1e-9 else None
+    return metric, samples, float(aggregate(values)) if callable(aggregate) else None, None
+
+
+def _gather(value: Any) -> list[Any]:
+    """One value from each process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def _mean(records: list[dict[str, Any]], field: str) -> float | None:
+    return sum(record[field] for record in records) / len(records) if records else None
+
+
+def _constant_reply(task: str) -> float | None:
+    """What a constant reply scores on one of our tasks."""
+    manifest = json.loads((task_folder() / "data" / "data.json").read_text(encoding="utf-8"))
+    return manifest[task]["constant_reply"] if task in manifest else None
