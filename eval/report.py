@@ -152,7 +152,7 @@ def _baseline_config(cells: Iterable[Cell]) -> str | None:
     """Name of the plain model among the configurations of one model."""
     cells = list(cells)
     for cell in cells:
-        if cell.get("baseline") is True:
+        if cell.get("baseline") is True or cell.get("techniques") == []:
             return cell["config"]
     names = {cell["config"] for cell in cells}
     if "none" in names:
@@ -170,7 +170,7 @@ class Summary:
 
     tables: dict[str, list[Row]]
     models: list[str]
-    chance: dict[str, float]
+    constants: dict[str, float]
     warnings: list[str]
     failures: list[str]
     environment: dict[str, str]
@@ -194,7 +194,7 @@ def summarize(cells: Sequence[Cell]) -> Summary:
         f"{m}: no configuration is the plain model, so nothing can be compared with it."
         for m in models
         if plain[m] is None
-    ]  # noqa: E501
+    ]
     pairs = list(dict.fromkeys(key[:2] for key in chosen))
     pairs.sort(key=lambda pair: (models.index(pair[0]), pair[1] != plain[pair[0]]))
 
@@ -222,11 +222,11 @@ def summarize(cells: Sequence[Cell]) -> Summary:
     return Summary(
         tables,
         models,
-        _chance(tables),
+        _constants(tables, chosen),
         warnings + _mixtures(tables, chosen),
         _failures(tables, chosen),
         _environment(chosen.values()),
-    )  # noqa: E501
+    )
 
 
 def _task_row(model: str, config: str, task: str, cell: Cell | None, baseline: bool) -> Row:
@@ -249,7 +249,7 @@ def _task_row(model: str, config: str, task: str, cell: Cell | None, baseline: b
 
 
 def _overall_row(model: str, config: str, tables: dict[str, list[Row]], baseline: bool) -> Row:
-    """Mean over tasks; only where every task that this model was scored on is there, else the means would not compare."""
+    """Mean over tasks; only where every task that the model was scored on is there: other means would not compare."""
     mine = [row for rows in tables.values() for row in rows if row.model == model]
     wanted = {row.task for row in mine if row.score is not None}
     rows = [row for row in mine if row.config == config]
@@ -275,11 +275,13 @@ def _ratio(value: float | None, base: float | None) -> float | None:
     return None if value is None or not base else value / base
 
 
-def _chance(tables: dict[str, list[Row]]) -> dict[str, float]:
-    """Score of the best constant answer per question, where the task tells it."""
-    from mllm.eval.tasks import baselines
-
-    known = {task: values["constant"] for task, values in baselines().items() if task in tables}
+def _constants(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], Cell]) -> dict[str, float]:
+    """Score of the best constant reply to each question, where the cells tell it."""
+    known = {}
+    for (_, _, task), cell in chosen.items():
+        value = _number(cell.get("constant_reply"))
+        if value is not None:
+            known[task] = value
     tasks = [task for task in tables if task != OVERALL]
     if OVERALL in tables and all(task in known for task in tasks):
         known[OVERALL] = sum(known[task] for task in tasks) / len(tasks)
@@ -314,7 +316,8 @@ def _failures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], C
         if isinstance(reasons, dict):
             listed = [f"{reason} ({number}x)" for reason, number in reasons.items()]
         elif isinstance(reasons, list):
-            listed = [f"{reason} ({number}x)" for reason, number in Counter(map(str, reasons)).most_common()]
+            counts = Counter(map(str, reasons)).most_common()
+            listed = [f"{reason} ({number}x)" if number > 1 else reason for reason, number in counts]
         else:
             listed = [str(reasons)] if reasons else ["no reason recorded"]
         lines.append(f"{' / '.join(key)}: {int(count)} failed; {'; '.join(listed)}")
@@ -388,10 +391,11 @@ def _title(task: str, rows: Sequence[Row]) -> str:
     return f"{task} ({', '.join(metrics)})" if metrics else task
 
 
-def _chance_line(task: str, chance: dict[str, float]) -> str | None:
-    if task not in chance:
+def _constant_line(task: str, summary: Summary) -> str | None:
+    if task not in summary.constants:
         return None
-    return f"The best constant answer to each question, without looking at the picture, scores {chance[task]:.3f}."
+    value = summary.constants[task]
+    return f"A constant reply to each kind of question, the best there is, scores {value:.3f} without any picture."
 
 
 def _reading(summary: Summary) -> list[str]:
@@ -455,7 +459,7 @@ def _markdown(summary: Summary, unreadable: Sequence[str]) -> str:
         lines.append("|" + "|".join(":--" if title == "config" else "--:" for title in columns) + "|")
         for row in rows:
             lines.append("| " + " | ".join(escape(text(row)) for text in columns.values()) + " |")
-        line = _chance_line(task, summary.chance)
+        line = _constant_line(task, summary)
         lines += ["", *([line, ""] if line else [])]
     if summary.failures:
         lines += ["## Failed samples", "", *(f"- {escape(item)}" for item in summary.failures), ""]
@@ -466,9 +470,11 @@ def _markdown(summary: Summary, unreadable: Sequence[str]) -> str:
 
 
 _STYLE = """
-:root { --bg: #fdfdfc; --fg: #1d2129; --soft: #5c6470; --line: #dcdfe4; --head: #f2f3f5; --mark: #e8f1fb; --warn: #fff4d6 }
+:root { --bg: #fdfdfc; --fg: #1d2129; --soft: #5c6470; --line: #dcdfe4; --head: #f2f3f5; --mark: #e8f1fb;
+  --warn: #fff4d6 }
 @media (prefers-color-scheme: dark) {
-  :root { --bg: #15181d; --fg: #e4e7ec; --soft: #9aa3af; --line: #333942; --head: #1f242b; --mark: #1b2f45; --warn: #3d3214 }
+  :root { --bg: #15181d; --fg: #e4e7ec; --soft: #9aa3af; --line: #333942; --head: #1f242b; --mark: #1b2f45;
+    --warn: #3d3214 }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1180px; padding: 1.2rem; background: var(--bg); color: var(--fg);
@@ -540,7 +546,7 @@ def _html(summary: Summary, unreadable: Sequence[str], png: bytes) -> str:
             parts += [cost(row, key) for key in COSTS]
             parts.append("</tr>")
         parts.append("</tbody></table></div>")
-        if line := _chance_line(task, summary.chance):
+        if line := _constant_line(task, summary):
             parts.append(f'<p class="soft">{line}</p>')
     if summary.failures:
         parts.append(f"<h2>Failed samples</h2>{listing(summary.failures)}")
@@ -606,7 +612,7 @@ def _panel(axes: Any, summary: Summary, task: str, key: str, looks: dict[str, tu
         "kv_bytes": "KV cache, MB",
         "peak_bytes": "peak memory, GB",
         "tokens_per_s": "tokens per second (more is better)",
-    }  # noqa: E501
+    }
     axes.set_xlabel(words.get(key, title))
     metric = next((row.metric for row in rows if row.metric), "score")
     axes.set_ylabel("mean score over tasks" if task == OVERALL else metric)
@@ -617,18 +623,18 @@ def _panel(axes: Any, summary: Summary, task: str, key: str, looks: dict[str, tu
         front = sorted((r.costs[key] / divisor, r.score) for r in rows if r.front)
         axes.plot(
             *zip(*front, strict=True) if front else ((), ()), drawstyle="steps-post", color="#999999", lw=1.2, zorder=1
-        )  # noqa: E501
+        )
     else:
         axes.set_title(task, loc="left", fontweight="bold")
-    if task in summary.chance:
-        axes.axhline(summary.chance[task], color="#777777", lw=1, ls=(0, (4, 3)), zorder=1)
+    if task in summary.constants:
+        axes.axhline(summary.constants[task], color="#777777", lw=1, ls=(0, (4, 3)), zorder=1)
     for row in rows:
         color, marker = looks[_label(row, several)]
         x, y = row.costs[key] / divisor, row.score
         if row.ci:
             axes.errorbar(
                 x, y, [[max(0, y - row.ci[0])], [max(0, row.ci[1] - y)]], color=color, lw=1.1, capsize=2.5, zorder=2
-            )  # noqa: E501
+            )
         edge = "#111111" if row.front and key == "flops" else "white"
         axes.plot([x], [y], marker, color=color, ms=8.5 if key == "flops" else 7, mec=edge, mew=1.1, zorder=3)
     if rows:
@@ -682,7 +688,7 @@ def _place_labels(axes: Any, renderer: Any, rows: Sequence[Row], several: bool) 
                     + max(0, box[2] - frame.x1)
                     + max(0, frame.y0 - box[1])
                     + max(0, box[3] - frame.y1)
-                )  # noqa: E501
+                )
                 cost = 1000 * outside + sum(_common(box, other) for other in taken) + 0.01 * distance
                 if best is None or cost < best[0]:
                     if best:
@@ -751,7 +757,7 @@ def print_table(cells: Sequence[Cell], stream: TextIO | None = None) -> None:
     order = [task for task in summary.tables if task != OVERALL] + ([OVERALL] if OVERALL in summary.tables else [])
     for task in order:
         rows = summary.tables[task]
-        chance = f", best constant answer {summary.chance[task]:.3f}" if task in summary.chance else ""
+        chance = f", best constant answer {summary.constants[task]:.3f}" if task in summary.constants else ""
         texts = [[text(row) for text in columns.values()] for row in rows]
         widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
         widths[0] = max(6, min(widths[0], TERMINAL_WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
