@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -97,6 +98,7 @@ class Row:
     Attributes:
         score: fraction between 0 and 1, or whatever the metric gives; None where it is not known.
         ci: 95 % interval of the score.
+        gain: score minus that of the plain model on the same samples, with its 95 % interval.
         costs: values by the keys of :data:`COSTS`, in their own units (FLOPs, ms, 1/s, bytes).
         ratios: the same, relative to the plain model.
         front: no other row has a score as high for as few FLOPs.
@@ -108,6 +110,7 @@ class Row:
     metric: str | None = None
     score: float | None = None
     ci: tuple[float, float] | None = None
+    gain: tuple[float, tuple[float, float]] | None = None
     n: int | None = None
     errors: int | None = None
     ttft_p90: float | None = None
@@ -148,6 +151,30 @@ def combine_intervals(
     return mean - low, mean + high
 
 
+def paired_difference(scores: dict[Any, float], plain: dict[Any, float]) -> tuple[float, tuple[float, float]] | None:
+    """Mean difference of two configurations on the samples that both answered, and its 95 % interval.
+
+    The interval is that of Bonett and Price (2012): one gain and one loss are added to what was seen, so that it keeps
+    a width where no sample differs. None where the two share no sample.
+    """
+    shared = [key for key in scores if key in plain]
+    if not shared:
+        return None
+    differences = [scores[key] - plain[key] for key in shared]
+    unit = max(1.0, *(abs(d) for d in differences))  # scores of 0 to 1, unless the metric says otherwise
+    added = [*differences, unit, -unit]
+    mean = sum(added) / len(added)
+    variance = sum((d - mean) ** 2 for d in added) / len(added)
+    half = 1.96 * math.sqrt(variance / len(added))
+    return sum(differences) / len(differences), (max(-unit, mean - half), min(unit, mean + half))
+
+
+def _sample_scores(cell: Cell) -> dict[Any, float]:
+    samples = cell.get("samples")
+    rows = [s for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
+    return {str(s.get("id")): score for s in rows if (score := _number(s.get("score"))) is not None}
+
+
 def _baseline_config(cells: Iterable[Cell]) -> str | None:
     """Name of the plain model among the configurations of one model."""
     cells = list(cells)
@@ -173,6 +200,7 @@ class Summary:
     constants: dict[str, float]
     warnings: list[str]
     failures: list[str]
+    techniques: dict[str, str]
     environment: dict[str, str]
 
 
@@ -196,7 +224,9 @@ def summarize(cells: Sequence[Cell]) -> Summary:
         if plain[m] is None
     ]
     pairs = list(dict.fromkeys(key[:2] for key in chosen))
-    pairs.sort(key=lambda pair: (models.index(pair[0]), pair[1] != plain[pair[0]]))
+    # the plain model first, then from dear to cheap
+    spent = {pair: [_number(c.get("flops")) or 0.0 for k, c in chosen.items() if k[:2] == pair] for pair in pairs}
+    pairs.sort(key=lambda p: (models.index(p[0]), p[1] != plain[p[0]], -sum(spent[p]) / len(spent[p]), p[1]))
 
     tables: dict[str, list[Row]] = {}
     for task in tasks:
@@ -205,6 +235,11 @@ def summarize(cells: Sequence[Cell]) -> Summary:
             for model, config in pairs
             if any((model, c, task) in chosen for m, c in pairs if m == model)
         ]
+    for (model, config, task), cell in chosen.items():
+        base = chosen.get((model, plain[model] or "", task))
+        if base is not None and base is not cell:
+            row = next(r for r in tables[task] if (r.model, r.config) == (model, config))
+            row.gain = paired_difference(_sample_scores(cell), _sample_scores(base))
     if len(tasks) > 1:
         overall = [_overall_row(model, config, tables, plain[model] == config) for model, config in pairs]
         tables = {OVERALL: overall, **tables}
@@ -225,6 +260,7 @@ def summarize(cells: Sequence[Cell]) -> Summary:
         _constants(tables, chosen),
         warnings + _mixtures(tables, chosen),
         _failures(tables, chosen),
+        _techniques(chosen.values()),
         _environment(chosen.values()),
     )
 
@@ -263,6 +299,11 @@ def _overall_row(model: str, config: str, tables: dict[str, list[Row]], baseline
         return total
     total.score = sum(scores) / len(scores)
     total.ci = combine_intervals(scores, [row.ci for row in parts])
+    gains = [row.gain for row in parts if row.gain is not None]
+    if len(gains) == len(parts):
+        means = [gain for gain, _ in gains]
+        interval = combine_intervals(means, [i for _, i in gains])
+        total.gain = None if interval is None else (sum(means) / len(means), interval)
     for key in COSTS:
         values = [row.costs[key] for row in parts]
         known = [v for v in values if v is not None]
@@ -324,12 +365,28 @@ def _failures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], C
     return lines
 
 
+def _techniques(cells: Iterable[Cell]) -> dict[str, str]:
+    """What each configuration switches on."""
+    found = {}
+    for cell in cells:
+        entries = cell.get("techniques")
+        if isinstance(entries, list):
+            parts = []
+            for entry in (e for e in entries if isinstance(e, dict)):
+                arguments = ", ".join(f"{k}={v}" for k, v in entry.items() if k != "technique")
+                parts.append(f"{entry.get('technique', DASH)}({arguments})")
+            found[cell["config"]] = " + ".join(parts) or "the plain model"
+    return found
+
+
 def _environment(cells: Iterable[Cell]) -> dict[str, str]:
     """Settings and versions of all cells; several values of one key are listed side by side."""
     values: dict[str, dict[str, None]] = {}
     for cell in cells:
         env = cell.get("env") if isinstance(cell.get("env"), dict) else {}
         settings = {k: cell[k] for k in ("backend", "dtype", "device", "batch_size", "limit", "seed") if k in cell}
+        if "limit" in settings and settings["limit"] is None:
+            settings["limit"] = "all samples"
         for key, value in {**settings, **env}.items():
             values.setdefault(str(key), {})[DASH if value is None else str(value)] = None
     return {key: ", ".join(found) for key, found in values.items()}
@@ -354,6 +411,13 @@ def _score(row: Row) -> str:
     return f"{row.score:.3f}" + (f" [{row.ci[0]:.2f}, {row.ci[1]:.2f}]" if row.ci else f" [{DASH}]")
 
 
+def _gain(row: Row) -> str:
+    if row.gain is None:
+        return "" if row.baseline else DASH
+    value, (low, high) = row.gain
+    return f"{value:+.3f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _count(value: int | None) -> str:
     return DASH if value is None else str(value)
 
@@ -366,23 +430,34 @@ def _times(ratio: float | None) -> str:
     return DASH if ratio is None else f"{ratio:.2f}×"
 
 
+def _with_ratio(row: Row, key: str, divisor: float) -> str:
+    value = _show(row.costs.get(key), divisor)
+    ratio = row.ratios.get(key)
+    return value if ratio is None or row.baseline else f"{value} ({_times(ratio)})"
+
+
 #: column title -> text of a row's cell
 Columns = dict[str, Callable[[Row], str]]
 
 
-def _columns(several_models: bool) -> Columns:
+def _paired(summary: Summary) -> bool:
+    return any(row.gain for rows in summary.tables.values() for row in rows)
+
+
+def _columns(summary: Summary) -> Columns:
+    several = len(summary.models) > 1
     columns: Columns = {
-        "config": lambda r: _label(r, several_models),
+        "config": lambda r: _label(r, several),
         "score [95 % CI]": _score,
         "front": lambda r: "★" if r.front else "",
+        **({"paired difference [95 % CI]": _gain} if _paired(summary) else {}),
         "n": lambda r: _count(r.n),
         "errors": lambda r: _count(r.errors),
     }
     for key, (title, divisor) in COSTS.items():
-        columns[title] = lambda r, key=key, divisor=divisor: _show(r.costs.get(key), divisor)
+        columns[title] = lambda r, key=key, divisor=divisor: _with_ratio(r, key, divisor)
         if key == "ttft_ms_median":
             columns["TTFT p90"] = lambda r: _show(r.ttft_p90)
-        columns[f"{title} vs plain"] = lambda r, key=key: _times(r.ratios.get(key))
     return columns
 
 
@@ -413,18 +488,19 @@ def _reading(summary: Summary) -> list[str]:
             width = 1.96 * math.sqrt(0.25 / min(counts))
             small = f" That is few: an accuracy near 0.5 is known to about ±{width:.2f} only."
         lines.append(f"A task has {size} scored samples.{small}")
-    compared, overlapping = 0, 0
-    for table in summary.tables.values():
-        for row in table:
-            base = next((r for r in table if r.model == row.model and r.baseline and r is not row), None)
-            if base and base.ci and row.ci and not row.baseline:
-                compared += 1
-                overlapping += row.ci[0] <= base.ci[1] and base.ci[0] <= row.ci[1]
-    if compared:
+    rows = [row for rows in summary.tables.values() for row in rows if not row.baseline]
+    if gains := [row.gain[1] for row in rows if row.gain]:
+        unclear = sum(low <= 0 <= high for low, high in gains)
         lines.append(
-            f"In {overlapping} of {compared} comparisons the interval of a configuration overlaps that of the plain "
-            "model: there this run does not show a difference, and does not show that there is none. All "
-            "configurations answer the same samples, so a paired test would see smaller differences."
+            "The paired difference is a configuration's score minus the plain model's on the same samples; it sees "
+            f"smaller differences than a comparison of two intervals. In {unclear} of {len(gains)} cases its interval "
+            "holds 0: there this run does not show a difference, and does not show that there is none. With so many "
+            "comparisons, about one in twenty stands out by chance alone."
+        )
+    else:
+        lines.append(
+            "Where the intervals of two configurations overlap, this run does not show a difference between them, and "
+            "does not show that there is none."
         )
     lines += [
         "FLOPs are those of the language model, mean per sample (2 per multiply-add); the vision tower is not in them. "
@@ -447,12 +523,12 @@ def _markdown(summary: Summary, unreadable: Sequence[str]) -> str:
     def escape(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
-    columns = _columns(len(summary.models) > 1)
+    columns = _columns(summary)
     lines = ["# Evaluation report", "", f"Model: {', '.join(escape(m) for m in summary.models)}", ""]
     for title, items in (("Unreadable result files", unreadable), ("Remarks", summary.warnings)):
         if items:
             lines += [f"**{title}**", "", *(f"- {escape(item)}" for item in items), ""]
-    lines += ["![Score against cost](pareto.png)", ""]
+    picture = ["![Score against cost](pareto.png)", ""]
     for task, rows in summary.tables.items():
         lines += [f"## {escape(_title(task, rows))}", ""]
         lines.append("| " + " | ".join(columns) + " |")
@@ -460,9 +536,14 @@ def _markdown(summary: Summary, unreadable: Sequence[str]) -> str:
         for row in rows:
             lines.append("| " + " | ".join(escape(text(row)) for text in columns.values()) + " |")
         line = _constant_line(task, summary)
-        lines += ["", *([line, ""] if line else [])]
+        lines += ["", *([line, ""] if line else []), *picture]
+        picture = []  # after the first table
     if summary.failures:
         lines += ["## Failed samples", "", *(f"- {escape(item)}" for item in summary.failures), ""]
+    if summary.techniques:
+        lines += ["## Configurations", "", "| | |", "|:--|:--|"]
+        lines += [f"| {escape(key)} | {escape(value)} |" for key, value in summary.techniques.items()]
+        lines += [""]
     lines += ["## How to read this, and its limits", "", *(f"- {item}" for item in _reading(summary)), ""]
     lines += ["## Environment", "", "| | |", "|:--|:--|"]
     lines += [f"| {escape(key)} | {escape(value)} |" for key, value in summary.environment.items()]
@@ -497,8 +578,8 @@ table.env td:first-child { white-space: nowrap; color: var(--soft) }
 .note { background: var(--warn); border-radius: 6px; padding: .5rem .9rem; margin: .8rem 0 }
 .note ul, ul.plain { margin: .2rem 0; padding-left: 1.1rem }
 li { overflow-wrap: anywhere }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
-img { display: block; width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
+img { display: block; width: 100%; min-width: 640px; height: auto }
 @media (max-width: 600px) { body { padding: .7rem } th:first-child, td:first-child { max-width: 8.5rem } }
 """
 
@@ -528,10 +609,18 @@ def _html(summary: Summary, unreadable: Sequence[str], png: bytes) -> str:
     for title, items in (("Unreadable result files", unreadable), ("Remarks", summary.warnings)):
         if items:
             parts.append(f'<div class="note"><b>{title}</b>{listing(items)}</div>')
-    alt = "Score against cost of every configuration; the numbers are in the tables below."
+    alt = "Score against cost of every configuration; the numbers are in the tables."
     data = base64.b64encode(png).decode("ascii")
-    parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
-    titles = ["config", "score [95 % CI]", "n", "errors", *(title for title, _ in COSTS.values())]
+    figure = f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    paired = _paired(summary)
+    titles = [
+        "config",
+        "score [95 % CI]",
+        *(["vs plain, paired"] if paired else []),
+        "n",
+        "errors",
+        *(title for title, _ in COSTS.values()),
+    ]
     for task, rows in summary.tables.items():
         parts.append(f"<h2>{escape(_title(task, rows))}</h2><div class='scroll'><table><thead><tr>")
         parts += [f"<th>{escape(title)}</th>" for title in titles]
@@ -542,19 +631,28 @@ def _html(summary: Summary, unreadable: Sequence[str], png: bytes) -> str:
             interval = f"<small>{row.ci[0]:.2f} to {row.ci[1]:.2f}</small>" if row.ci else ""
             label = escape(_label(row, several))
             parts.append(f'<tr class="{css}"><td title="{label}">{label}</td><td>{score}{interval}</td>')
+            if paired and row.gain:
+                value, (low, high) = row.gain
+                parts.append(f"<td>{value:+.3f}<small>{low:+.2f} to {high:+.2f}</small></td>")
+            elif paired:
+                parts.append(f"<td>{_gain(row)}</td>")
             parts.append(f"<td>{_count(row.n)}</td><td>{_count(row.errors)}</td>")
             parts += [cost(row, key) for key in COSTS]
             parts.append("</tr>")
         parts.append("</tbody></table></div>")
         if line := _constant_line(task, summary):
             parts.append(f'<p class="soft">{line}</p>')
+        parts.append(figure)  # after the first table
+        figure = ""
     if summary.failures:
         parts.append(f"<h2>Failed samples</h2>{listing(summary.failures)}")
     parts.append(f"<h2>How to read this, and its limits</h2>{listing(_reading(summary))}")
-    parts.append('<h2>Environment</h2><div class="scroll"><table class="env"><tbody>')
-    for key, value in summary.environment.items():
-        parts.append(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>")
-    parts.append("</tbody></table></div></body></html>\n")
+    for title, values in (("Configurations", summary.techniques), ("Environment", summary.environment)):
+        if values:
+            parts.append(f'<h2>{title}</h2><div class="scroll"><table class="env"><tbody>')
+            parts += [f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in values.items()]
+            parts.append("</tbody></table></div>")
+    parts.append("</body></html>\n")
     return "".join(parts)
 
 
@@ -628,15 +726,6 @@ def _panel(axes: Any, summary: Summary, task: str, key: str, looks: dict[str, tu
         axes.set_title(task, loc="left", fontweight="bold")
     if task in summary.constants:
         axes.axhline(summary.constants[task], color="#777777", lw=1, ls=(0, (4, 3)), zorder=1)
-    for row in rows:
-        color, marker = looks[_label(row, several)]
-        x, y = row.costs[key] / divisor, row.score
-        if row.ci:
-            axes.errorbar(
-                x, y, [[max(0, y - row.ci[0])], [max(0, row.ci[1] - y)]], color=color, lw=1.1, capsize=2.5, zorder=2
-            )
-        edge = "#111111" if row.front and key == "flops" else "white"
-        axes.plot([x], [y], marker, color=color, ms=8.5 if key == "flops" else 7, mec=edge, mew=1.1, zorder=3)
     if rows:
         high = max(row.costs[key] / divisor for row in rows)
         low = min(row.costs[key] / divisor for row in rows)
@@ -645,6 +734,31 @@ def _panel(axes: Any, summary: Summary, task: str, key: str, looks: dict[str, tu
         axes.margins(y=0.1)
     else:
         axes.text(0.5, 0.5, "no score with a cost", transform=axes.transAxes, ha="center", color="#666666")
+    for row, x in zip(rows, _side_by_side([row.costs[key] / divisor for row in rows], axes.get_xlim()), strict=True):
+        color, marker = looks[_label(row, several)]
+        y = row.score
+        if row.ci:
+            axes.errorbar(
+                x, y, [[max(0, y - row.ci[0])], [max(0, row.ci[1] - y)]], color=color, lw=1.1, capsize=2.5, zorder=2
+            )
+        edge = "#111111" if row.front and key == "flops" else "white"
+        size, width = (8.5, 1.1) if row.front and key == "flops" else (7.5, 0.5)
+        axes.plot([x], [y], marker, color=color, ms=size, mec=edge, mew=width, zorder=3)
+
+
+def _side_by_side(values: Sequence[float], limits: tuple[float, float]) -> list[float]:
+    """Where to draw costs, so that (almost) equal ones do not hide each other."""
+    span = limits[1] - limits[0]
+    places = list(values)
+    group: list[int] = []
+    for i in [*sorted(range(len(values)), key=lambda i: values[i]), None]:
+        if i is not None and (not group or values[i] - values[group[0]] < 0.006 * span):
+            group.append(i)
+            continue
+        for k, member in enumerate(group):
+            places[member] = values[member] + (k - (len(group) - 1) / 2) * 0.035 * span
+        group = [] if i is None else [i]
+    return places
 
 
 def _legend(looks: dict[str, tuple[str, str]]) -> tuple[list[Any], list[str]]:
@@ -653,53 +767,63 @@ def _legend(looks: dict[str, tuple[str, str]]) -> tuple[list[Any], list[str]]:
     handles = [Line2D([], [], color=color, marker=marker, ls="", ms=8) for color, marker in looks.values()]
     handles.append(Line2D([], [], color="#999999", lw=1.2))
     handles.append(Line2D([], [], color="#777777", lw=1, ls=(0, (4, 3))))
-    return handles, [*looks, "Pareto front", "best constant answer"]
+    return handles, [*looks, "Pareto front", "best constant reply"]
 
 
 def _place_labels(axes: Any, renderer: Any, rows: Sequence[Row], several: bool) -> None:
     """Names beside the points of the large panel, where they cover neither points, error bars nor each other."""
     divisor = COSTS["flops"][1]
+    places = _side_by_side([row.costs["flops"] / divisor for row in rows], axes.get_xlim())
+    points = [(x, row.score) for x, row in zip(places, rows, strict=True)]
     taken: list[tuple[float, float, float, float]] = []  # left, bottom, right, top in pixels
-    for row in rows:
-        x, y = axes.transData.transform((row.costs["flops"] / divisor, row.score))
-        taken.append((x - 9, y - 9, x + 9, y + 9))
+    for row, point in zip(rows, points, strict=True):
+        x, y = axes.transData.transform(point)
+        taken.append((x - 10, y - 10, x + 10, y + 10))
         if row.ci:
-            low, high = (axes.transData.transform((row.costs["flops"] / divisor, v))[1] for v in row.ci)
-            taken.append((x - 5, low - 2, x + 5, high + 2))
+            low, high = (axes.transData.transform((point[0], limit))[1] for limit in row.ci)
+            taken.append((x - 6, low - 2, x + 6, high + 2))
+    for line in axes.get_lines():  # the front and the constant reply: steps and level lines
+        if line.get_marker() in ("None", "", None):
+            corners = line.get_transform().transform(line.get_path().vertices)
+            for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+                taken.append((min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1))
     frame = axes.get_window_extent(renderer)
-    scale = 72 / axes.figure.dpi
-    for row in rows:
-        point = (row.costs["flops"] / divisor, row.score)
-        best: tuple[float, Any, Any] | None = None
-        for distance in (12, 20, 32, 48, 68, 92):
-            for angle in range(0, 360, 30):
-                dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-                text = axes.annotate(
-                    _label(row, several), point, xytext=(dx * scale * 1.6, dy * scale * 1.6), textcoords="offset points",
-                    ha="left" if dx > 1 else "right" if dx < -1 else "center",
-                    va="center" if abs(dy) < distance / 2 + 1 else "bottom" if dy > 0 else "top",
-                    fontsize=9.5, zorder=4,
-                    arrowprops={"arrowstyle": "-", "color": "#888888", "lw": 0.7, "shrinkB": 5} if distance > 20 else None,
-                )  # fmt: skip
-                box = text.get_window_extent(renderer)
-                box = (box.x0, box.y0, box.x1, box.y1)
-                outside = (
-                    max(0, frame.x0 - box[0])
-                    + max(0, box[2] - frame.x1)
-                    + max(0, frame.y0 - box[1])
-                    + max(0, box[3] - frame.y1)
-                )
-                cost = 1000 * outside + sum(_common(box, other) for other in taken) + 0.01 * distance
-                if best is None or cost < best[0]:
-                    if best:
-                        best[1].remove()
-                    best = (cost, text, box)
-                else:
-                    text.remove()
-            if best and best[0] < 1:
+    for row, point in zip(rows, points, strict=True):
+        best: tuple[float, Any, tuple[float, ...]] | None = None
+        for dx, dy in sorted(_OFFSETS, key=lambda offset: math.hypot(*offset)):
+            far = math.hypot(dx, dy) > 24
+            text = axes.annotate(
+                _label(row, several),
+                point,
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 3 else "right" if dx < -3 else "center",
+                va="center" if abs(dy) < 8 else "bottom" if dy > 0 else "top",
+                fontsize=9.5,
+                zorder=4,
+                arrowprops={"arrowstyle": "-", "color": "#888888", "lw": 0.7, "shrinkB": 5} if far else None,
+            )
+            extent = text.get_window_extent(renderer)
+            box = (extent.x0, extent.y0, extent.x1, extent.y1)
+            beyond = frame.x0 - box[0], box[2] - frame.x1, frame.y0 - box[1], box[3] - frame.y1
+            covered = sum(_common(box, other) for other in taken) + 1000 * sum(max(0.0, b) for b in beyond)
+            if best is not None and covered >= best[0]:
+                text.remove()
+                continue
+            if best is not None:
+                best[1].remove()
+            best = (covered, text, box)
+            if covered == 0:
                 break
-        if best:
+        if best is not None:
             taken.append(best[2])
+
+
+_OFFSETS = [
+    (distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle)))
+    for distance in (12, 18, 28, 42, 60, 80, 105)
+    for angle in range(0, 360, 30)
+]
 
 
 def _common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -757,24 +881,18 @@ def print_table(cells: Sequence[Cell], stream: TextIO | None = None) -> None:
     order = [task for task in summary.tables if task != OVERALL] + ([OVERALL] if OVERALL in summary.tables else [])
     for task in order:
         rows = summary.tables[task]
-        chance = f", best constant answer {summary.constants[task]:.3f}" if task in summary.constants else ""
+        constant = f", constant reply {summary.constants[task]:.3f}" if task in summary.constants else ""
         texts = [[text(row) for text in columns.values()] for row in rows]
         widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
         widths[0] = max(6, min(widths[0], TERMINAL_WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
-        lines += ["", _cut(f"{_title(task, rows)}{chance}", TERMINAL_WIDTH)]
+        lines += ["", _cut(f"{_title(task, rows)}{constant}", TERMINAL_WIDTH)]
         for values in [list(columns), *texts]:
             first = _cut(values[0], widths[0]).ljust(widths[0])
             others = (value.rjust(width) for value, width in zip(values[1:], widths[1:], strict=True))
             lines.append("  ".join([first, *others]).rstrip())
-    lines += ["", "* Pareto front of score against FLOPs; (x) relative to the plain model; – not known"]
+    lines += ["", "* Pareto front of score against FLOPs; (×) relative to the plain model; – not known"]
     lines += [f"warning: {warning}" for warning in summary.warnings]
     print("\n".join(lines).lstrip("\n"), file=stream or sys.stdout)
-
-
-def _with_ratio(row: Row, key: str, divisor: float) -> str:
-    value = _show(row.costs.get(key), divisor)
-    ratio = row.ratios.get(key)
-    return value if ratio is None or row.baseline else f"{value} ({ratio:.2f}x)"
 
 
 def _cut(text: str, width: int) -> str:

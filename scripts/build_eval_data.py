@@ -1,9 +1,10 @@
-"""Build the data of the offline tasks from the test side of ``data_sources.py``: the same content every time.
+"""Build the data of the offline tasks from the test side of ``data_sources.py``: the same bytes every time.
 
-    python scripts/build_eval_data.py
+    python scripts/build_eval_data.py --out eval/tasks/data
 
-Writes one Parquet file a task into ``eval/tasks/data`` and ``data.json`` with checksums, sizes and what a constant
-answer per kind of question would score. Kinds take turns, so that any ``--limit`` has a fair share of each.
+Writes one Parquet file a task and ``data.json``: checksums, sizes, and what replies score that do not look at the
+pictures. Kinds of questions take turns, and so do the answers within a kind, so that every ``--limit`` has its share of
+each.
 """
 
 from __future__ import annotations
@@ -13,17 +14,29 @@ import hashlib
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_sources import SOURCES, Sample, Turn  # isort: skip  (beside this file)
+from data_sources import CATEGORIES, COLORS, SHAPES, SOURCES, Sample, Turn, rng_for  # isort: skip  (beside this file)
 
 from mllm.eval.tasks import task_folder
-from mllm.eval.tasks.utils import content_f1, is_right
+from mllm.eval.tasks.scoring import content_f1, is_right
 
 SEED = 1
-SIZES = {"mllm_vqa": 210, "mllm_caption": 120, "mllm_reading": 120, "mllm_docqa": 90, "mllm_text": 80}
+#: questions of each kind in a task
+PER_KIND = {"mllm_vqa": 25, "mllm_caption": 60, "mllm_reading": 30, "mllm_docqa": 40, "mllm_text": 40}
+#: kinds of questions whose answers are a closed set, besides those where the drawn answers are one
+CLOSED = {
+    "color": tuple(COLORS),
+    "page color": tuple(COLORS),
+    "shape": SHAPES,
+    "side": SHAPES,
+    "kind": tuple(CATEGORIES),
+    "presence": ("yes", "no"),
+}
+OPEN = ("name", "caption", "word")
+Question = tuple[Sample, Turn]
 
 
 def png(image: Any) -> bytes:
@@ -33,81 +46,139 @@ def png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pairs(source: str, count: int) -> Iterator[tuple[Sample, Turn]]:
+def questions(source: str, count: int) -> Iterator[Question]:
     """Every question of the first samples of a source, with its sample."""
     for sample in SOURCES[source]("test", SEED, count):
         for turn in sample.turns:
             yield sample, turn
 
 
-def by_turns(items: Iterable[tuple[Sample, Turn]], size: int) -> list[tuple[Sample, Turn]]:
-    """Kinds of questions in turn, each picture at most once, ``size`` in all."""
-    kinds: dict[str, list[tuple[Sample, Turn]]] = defaultdict(list)
-    for sample, turn in items:
-        kinds[f"{sample.source} {turn.kind}"].append((sample, turn))
-    chosen: list[tuple[Sample, Turn]] = []
-    seen: set[bytes] = set()
-    waiting = [iter(kinds[kind]) for kind in sorted(kinds)]
-    while waiting and len(chosen) < size:
-        rows = waiting.pop(0)
-        for row in rows:
-            key = b"".join(png(image) for image in row[0].images) or row[1].question.encode()
-            if key not in seen:
-                seen.add(key)
-                chosen.append(row)
-                waiting.append(rows)
-                break
-    return chosen
-
-
-def documents(task: str) -> list[tuple[Sample, Turn]]:
-    """The questions of one task."""
-    size = SIZES[task]
+def kind_of(task: str, sample: Sample, turn: Turn) -> str | None:
+    """The kind that a question counts as in a task; None where the task does not ask it."""
     if task == "mllm_vqa":
-        found = [*pairs("pictures", 500), *pairs("scenes", 500)]
-        return by_turns(((s, t) for s, t in found if t.kind not in ("caption", "name")), size)
+        return None if turn.kind == "caption" else turn.kind
     if task == "mllm_caption":
-        found = [*pairs("pictures", 300), *pairs("scenes", 300)]
-        return by_turns(((s, t) for s, t in found if t.kind == "caption"), size)
-    source = {"mllm_reading": "reading", "mllm_docqa": "documents", "mllm_text": "text"}[task]
-    return by_turns(pairs(source, 4 * size), size)
+        named = sample.images and "," in turn.answer  # "A picture of a duck, an animal."
+        return None if turn.kind != "caption" else "caption of a name" if named else "caption of a kind"
+    return turn.kind
 
 
-def record(task: str, number: int, sample: Sample, turn: Turn) -> dict[str, Any]:
-    """One row of the Parquet file."""
-    return {
-        "id": number,
-        "task": task,
-        "kind": turn.kind,
-        "source": sample.source,
-        "images": [{"bytes": png(image), "path": None} for image in sample.images],
-        "question": turn.question,
-        "answer": turn.answer,
-        "answers": [turn.answer, *turn.accepted],
-        "evidence": -1 if sample.evidence is None else sample.evidence,
+def candidates(task: str) -> dict[str, list[Question]]:
+    """Questions that a task can draw from, by kind."""
+    sources = {
+        "mllm_vqa": (("pictures", 600), ("scenes", 1500)),
+        "mllm_caption": (("pictures", 600),),
+        "mllm_reading": (("reading", 1500),),
+        "mllm_docqa": (("documents", 900),),
+        "mllm_text": (("text", 1500),),
     }
+    kinds: dict[str, list[Question]] = defaultdict(list)
+    for source, count in sources[task]:
+        for sample, turn in questions(source, count):
+            kind = kind_of(task, sample, turn)
+            if kind is not None:
+                kinds[kind].append((sample, turn))
+    return dict(sorted(kinds.items()))
 
 
-def constant_score(rows: list[dict[str, Any]]) -> float:
-    """What the best constant reply per kind of question scores: what one gets without looking."""
-    asked: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def answers_in_turn(found: list[Question]) -> Iterator[Question]:
+    """The questions of one kind so that each answer comes up once before one comes up again."""
+    pools: dict[str, list[Question]] = defaultdict(list)
+    for question in found:
+        pools[question[1].answer].append(question)
+    order = sorted(pools)
+    rng_for("eval answers", SEED, *order).shuffle(order)
+    while order:
+        order = [answer for answer in order if pools[answer]]
+        yield from (pools[answer].pop(0) for answer in order)
+
+
+def choose(task: str) -> list[tuple[str, Question]]:
+    """The questions of a task with their kinds: no picture and no text-only question twice."""
+    taken: set[bytes] = set()
+    chosen: dict[str, list[Question]] = {}
+    for kind, found in candidates(task).items():
+        chosen[kind] = []
+        for sample, turn in answers_in_turn(found):
+            key = b"".join(image.tobytes() for image in sample.images) or turn.question.encode()
+            if len(chosen[kind]) < PER_KIND[task] and key not in taken:
+                taken.add(key)
+                chosen[kind].append((sample, turn))
+    # question i of n of its kind stands at (i + 1/2) / n: every prefix holds each kind in proportion
+    placed = [((i + 0.5) / len(rows), kind, row) for kind, rows in sorted(chosen.items()) for i, row in enumerate(rows)]
+    order = sorted(chosen)
+    rng_for("eval kinds", SEED, task).shuffle(order)
+    placed.sort(key=lambda item: (item[0], order.index(item[1])))
+    return [(kind, row) for _, kind, row in placed]
+
+
+def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
+    """Answers that exclude each other; empty where the question is open."""
+    if kind == "choice":  # "Is this a plant or a tool?"
+        first, second = turn.question.removeprefix("Is this ").removesuffix("?").split(" or ")
+        return [noun.removeprefix("an ").removeprefix("a ") for noun in (first, second)]
+    if kind in OPEN or kind.startswith("caption"):
+        return []
+    return list(CLOSED.get(kind) or sorted(set(answers)))
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """The rows of a task's Parquet file."""
+    chosen = choose(task)
+    answers: dict[str, set[str]] = defaultdict(set)
+    for kind, (_, turn) in chosen:
+        answers[kind].add(turn.answer)
+    return [
+        {
+            "id": number,
+            "task": task,
+            "kind": kind,
+            "source": sample.source,
+            "group": sample.group,
+            "images": [{"bytes": png(image), "path": None} for image in sample.images],
+            "question": turn.question,
+            "answer": turn.answer,
+            "answers": [turn.answer, *turn.accepted],
+            "options": options_of(kind, turn, answers[kind]),
+            "evidence": -1 if sample.evidence is None else sample.evidence,
+        }
+        for number, (kind, (sample, turn)) in enumerate(chosen)
+    ]
+
+
+def score(task: str, row: dict[str, Any], reply: str) -> float:
+    """Score of a reply to one question, 0 to 1."""
+    if task == "mllm_caption":
+        return max(content_f1(reply, answer) for answer in row["answers"])
+    return float(is_right(reply, row["answers"], row["options"]))
+
+
+def blind_scores(task: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What replies score that do not look: the best constant one per kind of question, and a guess among its options."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        asked[row["kind"]].append(row)
-    total = 0.0
-    for group in asked.values():
-        replies = Counter(row["answer"] for row in group)
-        if rows[0]["task"] == "mllm_caption":
-            total += max(sum(content_f1(reply, row["answer"]) for row in group) for reply in replies)
-        else:
-            total += max(sum(is_right(reply, row["answers"]) for row in group) for reply in replies)
-    return total / len(rows)
+        kinds[row["kind"]].append(row)
+    constant = guess = 0.0
+    for group in kinds.values():
+        replies: list[Callable[[dict[str, Any]], str]] = [
+            lambda row, answer=answer: answer for answer in sorted({row["answer"] for row in group})
+        ]
+        if all(row["options"] for row in group) and len({tuple(row["options"]) for row in group}) > 1:
+            replies += [lambda row: row["options"][0], lambda row: row["options"][-1]]  # always the first, or the last
+        if group[0]["evidence"] >= 0 and group[0]["kind"] == "page":
+            replies.append(lambda row: str(len(row["images"])))
+        constant += max(sum(score(task, row, reply(row)) for row in group) for reply in replies)
+        guess += sum(1 / len(row["options"]) for row in group if row["options"])
+    return {"constant_reply": round(constant / len(rows), 4), "chance": round(guess / len(rows), 4)}
 
 
 def main() -> None:
     import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=task_folder() / "data")
+    parser.add_argument("--out", type=Path, default=task_folder() / "data", help="folder to write into")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     text = datasets.Value("string")
@@ -117,25 +188,27 @@ def main() -> None:
             "task": text,
             "kind": text,
             "source": text,
+            "group": text,
             "images": datasets.List(datasets.Image()),
             "question": text,
             "answer": text,
             "answers": datasets.List(text),
+            "options": datasets.List(text),
             "evidence": datasets.Value("int32"),
         }
     )
     manifest = {}
-    for task in SIZES:
-        rows = [record(task, number, *pair) for number, pair in enumerate(documents(task))]
+    for task in PER_KIND:
+        rows = rows_of(task)
         path = out / f"{task}.parquet"
-        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+        pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), path, compression="zstd")
         manifest[task] = {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "n": len(rows),
             "kinds": dict(sorted(Counter(row["kind"] for row in rows).items())),
-            "constant_reply": round(constant_score(rows), 4),
+            **blind_scores(task, rows),
         }
-        print(task, path.stat().st_size, manifest[task])
+        print(task, f"{path.stat().st_size / 1e6:.2f} MB", manifest[task])
     (out / "data.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,99 +1,51 @@
-"""What the offline tasks share: data check, prompts and scores. Loaded by lmms-eval through ``!function``.
+"""What the YAML files of the offline tasks refer to with ``!function``; reading one of them checks the data.
 
-Answers are compared by their first words: the reply is lower-cased, stripped of punctuation and articles, and is right
-if it begins with an accepted answer. Captions are scored by the F1 of their content words against the reference.
+The check stands here, at the import: lmms-eval repeats whatever fails while a task is built, for seconds, and then hides
+the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from mllm.errors import EvalError
+from mllm.eval.tasks import verify_data
+from mllm.eval.tasks.scoring import content_f1, is_right
 
-DATA = Path(__file__).parent / "data"
-_ARTICLES = {"a", "an", "the"}
-# words that any caption has: they must not earn points
-_FILLERS = _ARTICLES | {
-    "picture",
-    "image",
-    "photo",
-    "drawing",
-    "of",
-    "and",
-    "is",
-    "it",
-    "in",
-    "this",
-    "with",
-    "on",
-    "shows",
-}
+verify_data()
+
+Doc = dict[str, Any]
 
 
-@cache
-def _manifest() -> dict[str, Any]:
-    return json.loads((DATA / "data.json").read_text(encoding="utf-8"))
+def doc_to_visual(doc: Doc) -> list[Any]:
+    """The pictures of a document, in order, RGB; an empty list for text-only tasks."""
+    return [image.convert("RGB") for image in doc.get("images") or []]
 
 
-def check_data(dataset: Any) -> Any:
-    """The dataset itself, once its file is the one that was committed; scores of other data could not be compared."""
-    task = dataset[0]["task"]
-    path = DATA / f"{task}.parquet"
-    found, expected = hashlib.sha256(path.read_bytes()).hexdigest(), _manifest()[task]["sha256"]
-    if found != expected:
-        raise EvalError(
-            f"{path.name} has the SHA-256 {found}, expected {expected}: the task's data was changed or damaged. "
-            "Restore it from version control, or build it and its data.json with scripts/build_eval_data.py."
-        )
-    return dataset
+def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+    """The question, between the task's ``pre_prompt`` and ``post_prompt`` where they are set."""
+    around = lmms_eval_specific_kwargs or {}
+    return f"{around.get('pre_prompt', '')}{doc['question']}{around.get('post_prompt', '')}"
 
 
-def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    """The pictures of a document, in order; an empty list for text-only tasks."""
-    return [image.convert("RGB") for image in doc["images"]]
-
-
-def doc_to_text(doc: dict[str, Any]) -> str:
-    """The question."""
-    return doc["question"]
-
-
-def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """One user turn: pictures first, then the question."""
+def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One user turn: the pictures first, then the question."""
     content = [{"type": "image", "url": image} for image in doc_to_visual(doc)]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
+    content.append({"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)})
+    return [{"role": "user", "content": content}]
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles."""
-    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _ARTICLES]
+def doc_to_target(doc: Doc) -> str:
+    """The answer."""
+    return doc["answer"]
 
 
-def is_right(reply: str, accepted: list[str]) -> bool:
-    """Whether the reply begins with one of the accepted answers."""
-    said = words(reply)
-    return any(said[: len(words(answer))] == words(answer) for answer in accepted if words(answer))
+def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
+    """Accuracy of one short answer, 0 or 1."""
+    return {"accuracy": float(is_right(results[0], doc["answers"], doc["options"]))}
 
 
-def content_f1(reply: str, reference: str) -> float:
-    """F1 of the sets of content words, 0 to 1."""
-    said, wanted = (set(words(text)) - _FILLERS for text in (reply, reference))
-    common = len(said & wanted)
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
-
-
-def score_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Accuracy of one short answer."""
-    return {"accuracy": float(is_right(results[0], list(doc["answers"])))}
-
-
-def score_caption(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Content-word F1 of one caption, the best over the references."""
+def score_caption(doc: Doc, results: list[str]) -> dict[str, float]:
+    """Content-word F1 of one caption, the best over the references, 0 to 1."""
     return {"content_f1": max(content_f1(results[0], reference) for reference in doc["answers"])}
 
 
