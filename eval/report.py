@@ -505,7 +505,8 @@ def _reading(summary: Summary) -> list[str]:
     lines += [
         "FLOPs are those of the language model, mean per sample (2 per multiply-add); the vision tower is not in them. "
         "KV bytes are the cache of a sample at its end; TTFT is the time to the first token, median (and p90) over "
-        "samples. In the overall table, costs are means over tasks, peak memory is the largest.",
+        "samples. In the overall table, costs are means over tasks, peak memory is the largest. The picture sets "
+        "points of almost equal cost side by side.",
         "Times and memory were taken on one machine, the one below, while whatever else ran there ran: they rank "
         "configurations on such a machine and do not carry over to others. FLOPs and KV bytes do.",
         f"{DASH} means that a value is not known. A sample that failed is counted under errors and is never scored as "
@@ -578,7 +579,8 @@ table.env td:first-child { white-space: nowrap; color: var(--soft) }
 .note { background: var(--warn); border-radius: 6px; padding: .5rem .9rem; margin: .8rem 0 }
 .note ul, ul.plain { margin: .2rem 0; padding-left: 1.1rem }
 li { overflow-wrap: anywhere }
-figure { margin: 1rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
+figure { margin: 1rem 0; padding: .5rem; overflow-x: auto; background: #fff; border: 1px solid var(--line);
+  border-radius: 6px }
 img { display: block; width: 100%; min-width: 640px; height: auto }
 @media (max-width: 600px) { body { padding: .7rem } th:first-child, td:first-child { max-width: 8.5rem } }
 """

@@ -154,7 +154,7 @@ def score(task: str, row: dict[str, Any], reply: str) -> float:
 
 
 def blind_scores(task: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What replies score that do not look: the best constant one per kind of question, and a guess among its options."""
+    """What replies score that do not look: the best constant one per kind of question, and a guess among options."""
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)

@@ -6,14 +6,23 @@ import re
 from collections.abc import Sequence
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 #: words that any caption has: they must not earn points
-_FILLERS = _ARTICLES | set("picture image photo drawing illustration of and is are it in on with this there".split())
-_FILLERS |= {"shows", "showing", "shown"}
+_FILLERS = _ARTICLES | {
+    "picture",
+    "image",
+    "photo",
+    "drawing",
+    "illustration",
+    "shows",
+    "showing",
+    "shown",
+    "of",
+    "and",
+}
+_FILLERS |= {"is", "are", "it", "in", "on", "with", "this", "there"}
 
 
 def words(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What the YAML files of the offline tasks refer to with ``!function``; reading one of them checks the data.
 
-The check stands here, at the import: lmms-eval repeats whatever fails while a task is built, for seconds, and then hides
-the reason.
+The check stands here, at the import: lmms-eval repeats whatever fails while a task is built, for seconds, and then
+hides the reason.
 """
 
 from __future__ import annotations
