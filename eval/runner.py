@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -174,16 +175,23 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lmms-eval's log lines and bars of other libraries hide our progress: warnings only."""
+    """lmms-eval's log lines and the bars of its inner loops would bury our progress: warnings only."""
     import datasets
+    import lmms_eval.api.task
+    import lmms_eval.evaluator
     from loguru import logger
 
     logger.remove()
     handler = logger.add(sys.stderr, level="WARNING")
     datasets.disable_progress_bars()
+    bars = [(module, module.tqdm) for module in (lmms_eval.api.task, lmms_eval.evaluator)]
+    for module, original in bars:
+        module.tqdm = functools.partial(original, disable=True)
     try:
         yield
     finally:
+        for module, original in bars:
+            module.tqdm = original
         logger.remove(handler)
         datasets.enable_progress_bars()
 

@@ -21,7 +21,7 @@ from typing import Any
 from data_sources import CATEGORIES, COLORS, SHAPES, SOURCES, Sample, Turn, rng_for  # isort: skip  (beside this file)
 
 from mllm.eval.tasks import task_folder
-from mllm.eval.tasks.scoring import content_f1, is_right
+from mllm.eval.tasks.scoring import content_f1, is_right, words
 
 SEED = 1
 #: questions of each kind in a task
@@ -119,7 +119,9 @@ def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
         return [noun.removeprefix("an ").removeprefix("a ") for noun in (first, second)]
     if kind in OPEN or kind.startswith("caption"):
         return []
-    return list(CLOSED.get(kind) or sorted(set(answers)))
+    closed = CLOSED.get(kind) or sorted(set(answers))
+    said = words(turn.question)  # a reply may repeat the question: "1 + 7 = 8"
+    return [option for option in closed if not set(words(option)) <= set(said)]
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:
