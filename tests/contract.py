@@ -62,8 +62,8 @@ every_backend = pytest.mark.parametrize("attn", BACKENDS)
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal to ``tolerance`` of the largest value."""
     assert a.shape == b.shape
-    scale = max(1.0, float(b.abs().max()))
-    difference = float((a - b).abs().max())
+    scale = max(1.0, float(b.detach().abs().max()))
+    difference = float((a - b).detach().abs().max())
     assert difference <= tolerance * scale, f"differs by {difference:.2e} at scale {scale:.2e}"
 
 

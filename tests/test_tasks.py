@@ -1,0 +1,355 @@
+"""Offline tasks: the data that is committed, how lmms-eval finds it, and how answers are scored."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mllm.errors import EvalError
+from mllm.eval import tasks
+from mllm.eval.tasks import manifest, task_folder, task_include_path, verify_data
+from mllm.eval.tasks.scoring import content_f1, content_words, is_right, words
+
+pq = pytest.importorskip("pyarrow.parquet")
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TASKS = ("mllm_caption", "mllm_docqa", "mllm_reading", "mllm_text", "mllm_vqa")
+
+
+def script(name: str) -> ModuleType:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict[str, Any]]]:
+    return {task: pq.read_table(task_folder() / "data" / f"{task}.parquet").to_pylist() for task in TASKS}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_data_is_what_the_manifest_says(rows):
+    verify_data()
+    assert sorted(manifest()) == list(TASKS)
+    for task, entry in manifest().items():
+        assert entry["n"] == len(rows[task])
+        assert entry["kinds"] == dict(Counter(row["kind"] for row in rows[task]))
+    size = sum(path.stat().st_size for path in (task_folder() / "data").iterdir())
+    assert size < 8e6
+
+
+def test_every_row_is_well_formed(rows):
+    pages = {"mllm_text": (0,), "mllm_docqa": (2, 3, 4)}
+    for task in TASKS:
+        assert [row["id"] for row in rows[task]] == list(range(len(rows[task])))
+        for row in rows[task]:
+            assert row["task"] == task
+            assert row["question"]
+            assert row["answers"][0] == row["answer"]
+            assert len(row["images"]) in pages.get(task, (1,))
+            if task == "mllm_docqa":
+                assert 0 <= row["evidence"] < len(row["images"])
+            else:
+                assert row["evidence"] == -1
+            for picture in row["images"]:
+                image = Image.open(io.BytesIO(picture["bytes"]))
+                assert (image.size, image.mode) == ((224, 224), "RGB")
+
+
+def test_every_answer_is_right_and_every_other_option_wrong(rows):
+    for task in TASKS:
+        for row in rows[task]:
+            if task == "mllm_caption":
+                assert content_f1(row["answer"], row["answer"]) == 1
+                continue
+            for answer in row["answers"]:
+                assert is_right(answer, row["answers"], row["options"])
+                assert is_right(f"It is {answer.upper()}.", row["answers"], row["options"]) or row["kind"] == "letter"
+            for option in row["options"]:
+                if words(option) not in [words(answer) for answer in row["answers"]]:
+                    assert not is_right(option, row["answers"], row["options"]), row["question"]
+
+
+def test_no_picture_or_text_question_comes_twice(rows):
+    for task in TASKS:
+        keys = [b"".join(p["bytes"] for p in row["images"]) or row["question"] for row in rows[task]]
+        assert len(set(keys)) == len(keys)
+
+
+def test_every_prefix_has_its_share_of_each_kind(rows):
+    for task in TASKS:
+        total = Counter(row["kind"] for row in rows[task])
+        seen: Counter[str] = Counter()
+        for count, row in enumerate(rows[task], start=1):
+            seen[row["kind"]] += 1
+            for kind, number in total.items():
+                assert abs(seen[kind] - count * number / len(rows[task])) <= 1, (task, count, kind)
+
+
+def test_answers_within_a_kind_are_spread(rows):
+    presence = Counter(row["answer"] for row in rows["mllm_vqa"] if row["kind"] == "presence")
+    assert abs(presence["yes"] - presence["no"]) <= 1
+    colors = Counter(row["answer"] for row in rows["mllm_vqa"] if row["kind"] == "color")
+    assert len(colors) == 8
+    assert max(colors.values()) - min(colors.values()) <= 1
+
+
+def test_blind_scores_of_the_manifest(rows):
+    build = script("build_eval_data")
+    for task in TASKS:
+        found = build.blind_scores(task, rows[task])
+        assert found == {key: manifest()[task][key] for key in ("constant_reply", "chance")}
+        assert 0 <= found["chance"] < 0.5
+        assert found["constant_reply"] < 0.5
+
+
+def test_text_task_can_be_built_again(rows):
+    build = script("build_eval_data")
+    assert build.rows_of("mllm_text") == rows["mllm_text"]
+
+
+def test_building_the_same_scenes_twice_gives_the_same_bytes():
+    sources, build = script("data_sources"), script("build_eval_data")
+    first, second = (
+        [build.png(image) for sample in sources.scene_samples("test", 3, 5) for image in sample.images] for _ in "ab"
+    )
+    assert first == second
+
+
+# --- training and test ------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_on_the_test_side(rows):
+    side = script("data_sources").side
+    for row in (row for task in TASKS for row in rows[task]):
+        if row["source"] == "reading":
+            assert side(row["group"], 0.25) == "test"
+        elif row["source"] == "scene" and row["kind"] != "count":
+            # one shape alone has too few combinations to be split
+            assert len(row["group"].split()) == 3 or side(row["group"]) == "test"
+        elif row["source"] in ("openclipart", "noto-emoji", "document"):
+            assert side(row["group"]) == "test"
+
+
+def test_training_scenes_and_facts_are_not_in_the_test_data(rows):
+    sources = script("data_sources")
+    scenes = {row["group"] for row in rows["mllm_vqa"] if row["source"] == "scene" and len(row["group"].split()) > 3}
+    facts = {row["question"] for row in rows["mllm_text"] if row["kind"] != "sum"}
+    assert scenes
+    assert facts
+    assert not scenes & {sample.group for sample in sources.scene_samples("train", 5, 1500)}
+    assert not facts & {turn.question for sample in sources.text_samples("train", 5, 500) for turn in sample.turns}
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied_data(tmp_path, monkeypatch):
+    shutil.copytree(task_folder() / "data", tmp_path / "data")
+    monkeypatch.setattr(tasks, "task_folder", lambda: tmp_path)
+    manifest.cache_clear()
+    yield tmp_path / "data"
+    manifest.cache_clear()
+
+
+def test_changed_data_is_refused(copied_data):
+    verify_data()
+    path = copied_data / "mllm_vqa.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EvalError, match=r"mllm_vqa\.parquet has the SHA-256 .* expected"):
+        verify_data()
+    verify_data("mllm_text")  # the others can still be used
+    with pytest.raises(EvalError, match="SHA-256"):
+        task_include_path()
+
+
+def test_missing_data_is_refused(copied_data):
+    (copied_data / "mllm_text.parquet").unlink()
+    with pytest.raises(EvalError, match="mllm_text cannot be read"):
+        verify_data()
+
+
+def test_damaged_manifest_is_refused(copied_data):
+    (copied_data / "data.json").write_text("{")
+    manifest.cache_clear()
+    with pytest.raises(EvalError, match=r"data\.json cannot be read"):
+        verify_data()
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(EvalError, match=r"no offline task 'mllm_audio'.*mllm_vqa"):
+        verify_data("mllm_audio")
+
+
+# --- lmms-eval --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """All tasks, built by lmms-eval from another working directory and an empty cache."""
+    pytest.importorskip("lmms_eval")
+    import os
+
+    from lmms_eval.tasks import TaskManager
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        from lmms_eval.api import task as task_module
+
+        task_module._resolve_hf_datasets_cache_dir.cache_clear()
+        manager = TaskManager(include_path=task_include_path(), include_defaults=False)
+        assert os.listdir() == []
+        found = manager.load_task_or_group(list(manager.all_tasks), task_type="chat")
+    task_module._resolve_hf_datasets_cache_dir.cache_clear()
+    return manager, found
+
+
+def test_lmms_eval_finds_the_tasks(loaded):
+    manager, found = loaded
+    assert sorted(manager.all_tasks) == list(TASKS)
+    for name, task in found.items():
+        assert len(task.test_docs()) == manifest()[name]["n"]
+        assert list(task.config.generation_kwargs) == ["max_new_tokens", "do_sample", "until"]
+        assert 8 <= task.config.generation_kwargs["max_new_tokens"] <= 20
+        assert set(task.higher_is_better().values()) == {True}
+        # requests are built without pictures, which are opened one batch at a time
+        assert "images" not in task.eval_docs_no_media.features
+
+
+def test_documents_become_messages(loaded):
+    _, found = loaded
+    for name, task in found.items():
+        doc = task.test_docs()[0]
+        (turn,) = task.doc_to_messages(doc)
+        kinds = [item["type"] for item in turn["content"]]
+        assert turn["role"] == "user"
+        assert kinds == ["image"] * len(task.doc_to_visual(doc)) + ["text"]
+        assert len(kinds) - 1 in {"mllm_text": (0,), "mllm_docqa": (2, 3)}.get(name, (1,))
+        assert all(item["url"].mode == "RGB" for item in turn["content"][:-1])
+        assert turn["content"][-1]["text"] == task.doc_to_text(doc) == doc["question"]
+
+
+def test_scores_are_means_of_what_documents_give(loaded):
+    _, found = loaded
+    for name, task in found.items():
+        (metric, aggregate) = next(iter(task.aggregation().items()))
+        docs = [task.eval_docs_no_media[i] for i in range(6)]
+        right = [task.process_results(doc, [task.doc_to_target(doc)])[metric] for doc in docs]
+        wrong = [task.process_results(doc, [""])[metric] for doc in docs]
+        assert aggregate(right) == 1, name
+        assert aggregate(wrong) == 0
+        assert aggregate(right + wrong) == 0.5
+
+
+def test_prompts_of_other_models_can_be_wrapped():
+    pytest.importorskip("lmms_eval")
+    from mllm.eval.tasks import utils
+
+    doc = {"question": "Which one?", "images": []}
+    around = {"pre_prompt": "Look. ", "post_prompt": " Be brief."}
+    assert utils.doc_to_text(doc, around) == "Look. Which one? Be brief."
+    assert utils.doc_to_messages(doc, around)[0]["content"] == [{"type": "text", "text": "Look. Which one? Be brief."}]
+
+
+def test_damage_stops_lmms_eval_at_once_and_by_name(loaded, copied_data):
+    manager, _ = loaded
+    (copied_data / "mllm_vqa.parquet").write_bytes(b"")
+    with pytest.raises(EvalError, match="was changed or damaged"):
+        manager.load_task_or_group(["mllm_vqa"], task_type="chat")
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+COLORS = ("red", "green", "blue", "light blue")
+
+
+@pytest.mark.parametrize(
+    ("reply", "accepted", "options", "expected"),
+    [
+        ("red", ["red"], COLORS, True),
+        ("Red.", ["red"], COLORS, True),
+        ("It is a red star", ["red"], COLORS, True),
+        ("red or blue", ["red"], COLORS, False),
+        ("reddish", ["red"], COLORS, False),
+        ("", ["red"], COLORS, False),
+        ("light blue", ["light blue"], COLORS, True),
+        ("light blue", ["blue"], COLORS, False),
+        ("the Eiffel tower", ["eiffel tower"], (), True),
+        ("tower eiffel", ["eiffel tower"], (), False),
+        ("two", ["2"], (), True),
+        ("There are 3 shapes.", ["three"], ("one", "two", "three"), True),
+        ("1 + 7 = 8", ["8"], ("2", "3", "8"), True),
+        ("18", ["8"], ("8", "18"), False),
+        ("A", ["A"], ("A", "B"), True),
+        ("a", ["A"], ("A", "B"), True),
+        ("The letter is A.", ["B"], ("A", "B"), False),
+        ("yes and no", ["yes"], ("yes", "no"), False),
+        ("Animal", ["duck", "animal"], (), True),
+        ("...", ["..."], (), False),
+    ],
+)
+def test_short_answers(reply, accepted, options, expected):
+    assert is_right(reply, accepted, options) is expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference", "expected"),
+    [
+        ("A picture of a duck, an animal.", "A picture of a duck, an animal.", 1.0),
+        ("An animal", "A picture of a duck, an animal.", 2 / 3),
+        ("A picture of a cat, an animal.", "A picture of a duck, an animal.", 0.5),
+        ("A picture of a.", "A picture of a duck.", 0.0),
+        ("", "A picture of a duck.", 0.0),
+        ("duck duck duck", "A duck", 1.0),
+    ],
+)
+def test_captions(reply, reference, expected):
+    assert content_f1(reply, reference) == pytest.approx(expected)
+
+
+word = st.text("abcdefghijklmnop", min_size=2, max_size=6).filter(lambda w: w not in ("an", "in", "of", "on", "and"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(word, min_size=1, max_size=3), st.lists(word, max_size=3), st.integers(0, 10**6))
+def test_form_does_not_matter(answer, around, seed):
+    rng = random.Random(seed)
+    accepted = " ".join(answer)
+    cut = rng.randrange(len(around) + 1)
+    said = [*around[:cut], *(rng.choice([w, w.upper(), w.title(), f"the {w}", f"{w},"]) for w in answer), *around[cut:]]
+    assert is_right(" ".join(said) + "!", [accepted])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(word, min_size=2, max_size=5, unique=True))
+def test_naming_two_options_is_wrong(options):
+    assert is_right(options[0], options[:1], options)
+    assert not is_right(" ".join(options), options[:1], options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_caption_score_is_a_share_and_symmetric(a, b):
+    assert 0 <= content_f1(a, b) <= 1
+    assert content_f1(a, b) == content_f1(b, a)
+    assert content_f1(a, a) == (1 if content_words(a) else 0)
