@@ -687,6 +687,7 @@ def _draw(summary: Summary) -> bytes:
         grid = figure.add_gridspec(1 + lines, columns, height_ratios=[4.6] + [2.7] * lines)
         large = figure.add_subplot(grid[0, :])
         _panel(large, summary, main, "flops", looks, several)
+        large.set_title(f"{main}: score against FLOPs, with 95 % intervals", loc="left", fontweight="bold")
         for number, (task, key) in enumerate(panels):
             axes = figure.add_subplot(grid[1 + number // columns, number % columns])
             _panel(axes, summary, task, key, looks, several)
@@ -716,16 +717,14 @@ def _panel(axes: Any, summary: Summary, task: str, key: str, looks: dict[str, tu
     axes.set_xlabel(words.get(key, title))
     metric = next((row.metric for row in rows if row.metric), "score")
     axes.set_ylabel("mean score over tasks" if task == OVERALL else metric)
+    axes.set_title(task, loc="left", fontweight="bold")
     axes.grid(color="#e3e3e3", linewidth=0.6)
     axes.set_axisbelow(True)
     if key == "flops":
-        axes.set_title(f"{task}: score against FLOPs", loc="left", fontweight="bold")
         front = sorted((r.costs[key] / divisor, r.score) for r in rows if r.front)
         axes.plot(
             *zip(*front, strict=True) if front else ((), ()), drawstyle="steps-post", color="#999999", lw=1.2, zorder=1
         )
-    else:
-        axes.set_title(task, loc="left", fontweight="bold")
     if task in summary.constants:
         axes.axhline(summary.constants[task], color="#777777", lw=1, ls=(0, (4, 3)), zorder=1)
     if rows:
@@ -758,7 +757,7 @@ def _side_by_side(values: Sequence[float], limits: tuple[float, float]) -> list[
             group.append(i)
             continue
         for k, member in enumerate(group):
-            places[member] = values[member] + (k - (len(group) - 1) / 2) * 0.035 * span
+            places[member] = values[member] + (k - (len(group) - 1) / 2) * 0.045 * span
         group = [] if i is None else [i]
     return places
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -353,6 +354,47 @@ def test_any_mixture_of_layers_runs_and_counts(naavit, freeze, exit_layer, kind)
         assert lengths[0] == inputs["input_ids"].shape[1] + 2
         free = answer(model, inputs, use_cache=False)
     assert torch.equal(output.sequences, free)
+
+
+def pad_right(inputs):
+    """The batch with its padding moved to the end of each row, as trainers pad."""
+    mask = inputs["attention_mask"]
+    order = torch.argsort(1 - mask, dim=1, stable=True)  # (B, S)
+    moved = {
+        name: inputs[name].gather(1, order)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        if name in inputs
+    }
+    return {**inputs, **moved}
+
+
+@every_family
+@every_backend
+@pytest.mark.parametrize(
+    "stack",
+    [Stack(DyVTE(exit_layer=2)), Stack(NAAViT()), Stack(FreezeVisual(layers=[1]), DyVTE(exit_layer=2))],
+    ids=str,
+)
+def test_padding_on_the_right_equals_padding_on_the_left(family, attn, stack):
+    model, left = prepared(family, attn, "batch")
+    right = pad_right(left)
+    text = [inputs["attention_mask"].bool() & ~visual_mask(model, inputs) for inputs in (left, right)]
+    with stack(model), torch.no_grad():
+        found = [model(**inputs).logits[mask] for inputs, mask in zip((left, right), text, strict=True)]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_video_tokens_are_visual_tokens(family):
+    model, processor = tiny_model(family), tiny_processor(family)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 24, 24, 3), np.uint8)
+    mark = processor.video_token if family == "llava_onevision" else "<|vision_start|><|video_pad|><|vision_end|>"
+    inputs = processor(text=[f"USER: see {mark} what? A:"], videos=[frames], return_tensors="pt")
+    count = int((inputs["input_ids"] == model.config.video_token_id).sum())
+    assert count
+    with DyVTE(exit_layer=2)(model) as run:
+        answer(model, inputs)
+    assert run.report().visual_per_layer == [count] * 3 + [0] * 3
 
 
 # --- attaching --------------------------------------------------------------------------------------------------------

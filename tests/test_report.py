@@ -122,7 +122,7 @@ def test_paired_difference():
     assert value == 0
     assert low == pytest.approx(-high)
     assert 0 < high < 0.1  # seeing no difference is not the same as there being none
-    better = {key: 1.0 for key in plain}
+    better = dict.fromkeys(plain, 1.0)
     value, (low, high) = paired_difference(better, plain)
     assert value == 0.5
     assert 0.2 < low < 0.5 < high + 0.05

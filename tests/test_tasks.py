@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import random
 import shutil
-import sys
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import build_eval_data as build
+import data_sources as sources
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,16 +22,7 @@ from mllm.eval.tasks.scoring import content_f1, content_words, is_right, words
 
 pq = pytest.importorskip("pyarrow.parquet")
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 TASKS = ("mllm_caption", "mllm_docqa", "mllm_reading", "mllm_text", "mllm_vqa")
-
-
-def script(name: str) -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +100,6 @@ def test_answers_within_a_kind_are_spread(rows):
 
 
 def test_blind_scores_of_the_manifest(rows):
-    build = script("build_eval_data")
     for task in TASKS:
         found = build.blind_scores(task, rows[task])
         assert found == {key: manifest()[task][key] for key in ("constant_reply", "chance")}
@@ -120,12 +108,10 @@ def test_blind_scores_of_the_manifest(rows):
 
 
 def test_text_task_can_be_built_again(rows):
-    build = script("build_eval_data")
     assert build.rows_of("mllm_text") == rows["mllm_text"]
 
 
 def test_building_the_same_scenes_twice_gives_the_same_bytes():
-    sources, build = script("data_sources"), script("build_eval_data")
     first, second = (
         [build.png(image) for sample in sources.scene_samples("test", 3, 5) for image in sample.images] for _ in "ab"
     )
@@ -136,19 +122,17 @@ def test_building_the_same_scenes_twice_gives_the_same_bytes():
 
 
 def test_groups_are_on_the_test_side(rows):
-    side = script("data_sources").side
     for row in (row for task in TASKS for row in rows[task]):
         if row["source"] == "reading":
-            assert side(row["group"], 0.25) == "test"
+            assert sources.side(row["group"], 0.25) == "test"
         elif row["source"] == "scene" and row["kind"] != "count":
             # one shape alone has too few combinations to be split
-            assert len(row["group"].split()) == 3 or side(row["group"]) == "test"
+            assert len(row["group"].split()) == 3 or sources.side(row["group"]) == "test"
         elif row["source"] in ("openclipart", "noto-emoji", "document"):
-            assert side(row["group"]) == "test"
+            assert sources.side(row["group"]) == "test"
 
 
 def test_training_scenes_and_facts_are_not_in_the_test_data(rows):
-    sources = script("data_sources")
     scenes = {row["group"] for row in rows["mllm_vqa"] if row["source"] == "scene" and len(row["group"].split()) > 3}
     facts = {row["question"] for row in rows["mllm_text"] if row["kind"] != "sum"}
     assert scenes
