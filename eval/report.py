@@ -509,6 +509,7 @@ def _reading(summary: Summary) -> list[str]:
         "points of almost equal cost side by side.",
         "Times and memory were taken on one machine, the one below, while whatever else ran there ran: they rank "
         "configurations on such a machine and do not carry over to others. FLOPs and KV bytes do.",
+        *_timing_noise(rows),
         f"{DASH} means that a value is not known. A sample that failed is counted under errors and is never scored as "
         "an empty answer.",
     ]
@@ -518,6 +519,18 @@ def _reading(summary: Summary) -> list[str]:
             "technique keeps what the model can do, not how a model compares on photographs or published benchmarks."
         )
     return lines
+
+
+def _timing_noise(rows: Iterable[Row]) -> list[str]:
+    """How far apart times lie where a configuration did the very work of the plain model, as on text-only tasks."""
+    same = [row for row in rows if row.task != OVERALL and row.ratios.get("flops") == 1.0]
+    ratios = [ratio for row in same if (ratio := row.ratios.get("ttft_ms_median"))]
+    if not ratios:
+        return []
+    return [
+        f"Rows in which a configuration did exactly the plain model's work: {len(ratios)}. Their TTFT is "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times the plain model's: differences of that size are noise."
+    ]
 
 
 def _markdown(summary: Summary, unreadable: Sequence[str]) -> str:

@@ -73,24 +73,6 @@ def read_cell(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """All cells of a result folder, from its cell files.
-
-    Raises:
-        EvalError: there are none, or one is damaged.
-    """
-    paths = sorted((folder / "cells").glob("*.json"))
-    if not paths:
-        raise EvalError(f"{folder} holds no results (cells/*.json). Make some with `mllm eval ... --out {folder}`.")
-    cells = []
-    for path in paths:
-        try:
-            cells.append(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise EvalError(f"{path} is damaged: {error}. Run `mllm eval` again; it makes the cell anew.") from error
-    return cells
-
-
 def check_shared(cells: list[dict[str, Any]], wanted: dict[str, Any], folder: Path) -> None:
     """Refuse to mix backends, number formats or devices in one report: their times and scores do not compare."""
     for cell in cells:

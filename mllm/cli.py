@@ -150,11 +150,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder that `mllm eval` 
 
 
 def _write_report(folder: Path) -> None:
-    from mllm.eval.report import build_report, print_table
-    from mllm.eval.results import read_cells
+    from mllm.eval.report import build_report, collect_cells, print_table
 
     paths = build_report(folder)
-    print_table(read_cells(folder))
+    print_table(collect_cells(folder)[0])
     for name, path in paths.items():
         typer.echo(f"{name}: {path}", err=True)
 

@@ -435,3 +435,11 @@ def test_reading_advice_says_how_few_samples_there_are(tmp_path):
     assert "24 scored samples. That is few" in text
     assert "±0.20" in text
     assert "one machine" in text
+
+
+def test_equal_work_tells_the_noise_of_times(tmp_path):
+    cells = [cell("none"), cell("a", flops=9e10, ttft_ms_median=1080.0), cell("b", flops=9e10, ttft_ms_median=720.0)]
+    text = build_report(write(tmp_path, [*cells, cell("c")]))["markdown"].read_text()
+    assert "work: 2. Their TTFT" in text
+    assert "0.80 to 1.20 times" in text
+    assert "noise" not in build_report(write(tmp_path / "x", [cell("none"), cell("c")]))["markdown"].read_text()
