@@ -397,6 +397,22 @@ def test_video_tokens_are_visual_tokens(family):
     assert run.report().visual_per_layer == [count] * 3 + [0] * 3
 
 
+@every_family
+@every_backend
+@pytest.mark.parametrize("stack", [Stack(DyVTE(exit_layer=2)), Stack(NAAViT())], ids=str)
+def test_bfloat16_stays_close_to_float32(family, attn, stack):
+    exact, inputs = prepared(family, attn, "batch")
+    text = inputs["attention_mask"].bool() & ~visual_mask(exact, inputs)
+    half = tiny_model(family, attn, fresh=True).to(torch.bfloat16)
+    with torch.no_grad(), stack(exact):
+        wanted = exact(**inputs).logits[text]
+    with torch.no_grad(), stack(half):
+        found = half(**inputs.copy().to(torch.bfloat16)).logits[text]
+        answer(half, inputs.copy().to(torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).norm() < 0.1 * wanted.norm()
+
+
 # --- attaching --------------------------------------------------------------------------------------------------------
 
 
