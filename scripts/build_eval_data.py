@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_sources import CATEGORIES, COLORS, SHAPES, SOURCES, Sample, Turn, rng_for  # isort: skip  (beside this file)
+from data_sources import CATEGORIES, SOURCES  # isort: skip  (beside this file)
 
+from mllm.drawn import COLORS, SHAPES, Sample, Turn, rng_for
 from mllm.eval.tasks import task_folder
 from mllm.eval.tasks.scoring import content_f1, is_right, words
 

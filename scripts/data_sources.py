@@ -1,7 +1,7 @@
 """Pictures, questions and answers for training and testing, made the same way on every machine.
 
 Sources: openclipart (public domain; Debian package ``openclipart-png``), Noto emoji (Apache-2.0; npm package
-``emoji-datasource-google``), scenes and pages drawn here, words and numbers set in free fonts (Debian packages
+``emoji-datasource-google``), and what :mod:`mllm.drawn` draws, with free fonts (Debian packages
 ``fonts-dejavu-core fonts-liberation fonts-freefont-ttf``).
 
 Training and test never share a picture, a concept (all pictures of cats lie on one side), a font or a document.
@@ -18,69 +18,21 @@ import shutil
 import subprocess
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from mllm import drawn
+from mllm.drawn import CAPTION_QUESTION, SIZE, SPLITS, Sample, Turn, article, fonts, rng_for, side
 from mllm.errors import LoadError
 from mllm.inputs import open_image
 
-SPLITS = ("train", "test")
-SIZE = 224
 EMOJI_PACKAGE = "emoji-datasource-google@16.0.0"
 CLIPART = Path("/usr/share/openclipart/png")
-FONTS = Path("/usr/share/fonts/truetype")
 MAX_FILE_BYTES = 400_000  # larger clip art files are few, slow to decode, and two of them are 168 megapixels
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question with its answer, and other answers that are right too."""
-
-    question: str
-    answer: str
-    accepted: tuple[str, ...] = ()
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Pictures and the questions about them.
-
-    Attributes:
-        images: 224 x 224 RGB pictures, in the order of the prompt.
-        turns: questions, each answerable from the pictures alone.
-        source: openclipart, noto-emoji, scene, reading, document or text.
-        group: what must not be split between training and test: a concept, a font, a document.
-        evidence: for documents, the index of the page that holds the answer to the first question.
-    """
-
-    images: tuple[Image.Image, ...]
-    turns: tuple[Turn, ...]
-    source: str
-    group: str
-    evidence: int | None = None
-
-
-def side(group: str, test_share: float = 0.2) -> str:
-    """``train`` or ``test`` for a group, by its hash."""
-    value = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-    return "test" if value < test_share else "train"
-
-
-def rng_for(*parts: object) -> random.Random:
-    """A generator of its own for each purpose, the same on every machine."""
-    return random.Random("/".join(map(str, parts)))
-
-
-def article(noun: str) -> str:
-    """The noun with its indefinite article, where it takes one."""
-    if noun in ("food", "clothing"):
-        return noun
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -238,7 +190,6 @@ def square(image: Image.Image, rng: random.Random | None = None) -> Image.Image:
 CATEGORIES = sorted({name for name in (*CLIPART_CATEGORIES.values(), *EMOJI_CATEGORIES.values()) if name})
 KIND_QUESTION = "What kind of thing is this? Answer with one word."
 NAME_QUESTION = "What is in the picture? Answer with one word."
-CAPTION_QUESTION = "Describe the picture."
 
 
 def picture_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
@@ -277,289 +228,29 @@ def _caption(picture: Picture) -> str:
     return f"A picture of {article(picture.category)}."
 
 
-# --- scenes -----------------------------------------------------------------------------------------------------------
-
-COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 210, 40),
-    "purple": (140, 50, 170),
-    "orange": (245, 140, 30),
-    "black": (20, 20, 20),
-    "gray": (140, 140, 140),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
+# --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, color: tuple[int, ...]) -> None:
-    """Draw a shape of radius ``r`` around (x, y)."""
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
-    elif shape == "square":
-        draw.rectangle((x - r * 0.85, y - r * 0.85, x + r * 0.85, y + r * 0.85), fill=color)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + r * 0.8), (x + r, y + r * 0.8)], fill=color)
-    elif shape == "star":
-        points = []
-        for k in range(10):
-            radius, angle = (r if k % 2 == 0 else r * 0.42), math.pi * k / 5 - math.pi / 2
-            points.append((x + radius * math.cos(angle), y + radius * math.sin(angle)))
-        draw.polygon(points, fill=color)
-    elif shape == "cross":
-        draw.rectangle((x - r, y - r * 0.3, x + r, y + r * 0.3), fill=color)
-        draw.rectangle((x - r * 0.3, y - r, x + r * 0.3, y + r), fill=color)
-    else:  # heart
-        draw.pieslice((x - r, y - r * 0.9, x, y + r * 0.1), 180, 360, fill=color)
-        draw.pieslice((x, y - r * 0.9, x + r, y + r * 0.1), 180, 360, fill=color)
-        draw.polygon([(x - r, y - r * 0.42), (x + r, y - r * 0.42), (x, y + r)], fill=color)
+def with_fonts(samples: Callable[..., Iterator[Sample]]) -> Callable[..., Iterator[Sample]]:
+    """Samples that have a font of their own on either side, or none."""
 
+    @wraps(samples)
+    def checked(*arguments: object, **options: object) -> Iterator[Sample]:
+        if not drawn.debian_fonts():
+            raise LoadError(
+                "Free fonts are missing: apt-get install fonts-dejavu-core fonts-liberation fonts-freefont-ttf"
+            )
+        return samples(*arguments, **options)
 
-def scene_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
-    """One to three coloured shapes: colour, shape, count, presence, side, caption. A combination has one split."""
-    rng = rng_for("scenes", split, seed)
-    made = 0
-    while made < n:
-        count = rng.choice((1, 1, 2, 2, 3))
-        shapes, colors = rng.sample(SHAPES, count), rng.sample(sorted(COLORS), count)
-        group = "scene " + " ".join(sorted(f"{c} {s}" for c, s in zip(colors, shapes, strict=True)))
-        if count > 1 and side(group) != split:
-            continue
-        made += 1
-        image = Image.new("RGB", (SIZE, SIZE), "white")
-        draw = ImageDraw.Draw(image)
-        for place, (shape, color) in enumerate(zip(shapes, colors, strict=True)):
-            width = SIZE / count
-            r = rng.uniform(0.3, 0.46) * width if count > 1 else rng.uniform(0.2, 0.42) * width
-            x = place * width + width / 2
-            y = rng.uniform(r + 4, SIZE - r - 4)
-            draw_shape(draw, shape, x, y, r, COLORS[color])
-        pick = rng.randrange(count)
-        turns = [
-            Turn(f"What color is the {shapes[pick]}?", colors[pick], kind="color"),
-            Turn(f"Which shape is {colors[pick]}?", shapes[pick], kind="shape"),
-            Turn("How many shapes are there?", NUMBERS[count], (str(count),), kind="count"),
-        ]
-        if rng.random() < 0.5:
-            turns.append(Turn(f"Is there a {shapes[pick]}?", "yes", kind="presence"))
-        else:
-            absent = rng.choice([s for s in SHAPES if s not in shapes])
-            turns.append(Turn(f"Is there a {absent}?", "no", kind="presence"))
-        if count == 2:
-            where = rng.randrange(2)
-            turns.append(Turn(f"Which shape is on the {('left', 'right')[where]}?", shapes[where], kind="side"))
-        listed = " and ".join(article(f"{c} {s}") for c, s in zip(colors, shapes, strict=True))
-        turns.append(Turn(CAPTION_QUESTION, f"A picture of {listed}.", kind="caption"))
-        rng.shuffle(turns)
-        yield Sample((image,), tuple(turns[:4]), "scene", group)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-WORDS = [
-    "apple",
-    "bread",
-    "chair",
-    "clock",
-    "cloud",
-    "dance",
-    "dream",
-    "earth",
-    "fire",
-    "fish",
-    "fruit",
-    "garden",
-    "glass",
-    "gold",
-    "hand",
-    "home",
-    "horse",
-    "house",
-    "juice",
-    "key",
-    "king",
-    "lamp",
-    "lemon",
-    "light",
-    "milk",
-    "moon",
-    "music",
-    "night",
-    "ocean",
-    "paper",
-    "piano",
-    "plane",
-    "queen",
-    "radio",
-    "rain",
-    "river",
-    "road",
-    "salt",
-    "ship",
-    "shoe",
-    "snow",
-    "star",
-    "stone",
-    "storm",
-    "sugar",
-    "summer",
-    "table",
-    "tiger",
-    "train",
-    "tree",
-    "water",
-    "wheel",
-    "wind",
-    "winter",
-    "wood",
-    "world",
-    "yellow",
-    "zebra",
-]
-
-
-@cache
-def fonts(split: str) -> tuple[str, ...]:
-    """Free font files of one split; the families of one foundry are spread over both."""
-    files = sorted(p for folder in ("dejavu", "liberation", "freefont") for p in (FONTS / folder).glob("*.ttf"))
-    if len(files) < 20:
-        raise LoadError("Free fonts are missing: apt-get install fonts-dejavu-core fonts-liberation fonts-freefont-ttf")
-    return tuple(str(p) for p in files if side("font " + p.name, 0.25) == split)
-
-
-def draw_text(
-    image: Image.Image, text: str, font_file: str, box: tuple[int, int, int, int], fill: str = "black"
-) -> None:
-    """Write ``text`` as large as fits into the middle of ``box`` (left, top, right, bottom)."""
-    left, top, right, bottom = box
-    draw = ImageDraw.Draw(image)
-    size = bottom - top
-    while size > 8:
-        font = ImageFont.truetype(font_file, size)
-        bounds = draw.textbbox((0, 0), text, font=font)
-        if bounds[2] - bounds[0] <= right - left and bounds[3] - bounds[1] <= bottom - top:
-            break
-        size -= 2
-    x = left + (right - left - (bounds[2] - bounds[0])) / 2 - bounds[0]
-    y = top + (bottom - top - (bounds[3] - bounds[1])) / 2 - bounds[1]
-    draw.text((x, y), text, font=font, fill=fill)
-
-
-def reading_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
-    """A large digit, letter, number or common word; training and test use different fonts."""
-    rng = rng_for("reading", split, seed)
-    for _ in range(n):
-        kind = rng.choice(("digit", "letter", "number", "word"))
-        font = rng.choice(fonts(split))
-        if kind == "digit":
-            text, question = str(rng.randrange(10)), "Which digit is shown?"
-        elif kind == "letter":
-            text, question = rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ"), "Which letter is shown?"
-        elif kind == "number":
-            text, question = str(rng.randrange(10, 100)), "Which number is shown?"
-        else:
-            text, question = rng.choice(WORDS), "Which word is written here?"
-        image = Image.new("RGB", (SIZE, SIZE), "white")
-        margin = rng.randrange(10, 60) if split == "train" else 24
-        draw_text(image, text, font, (margin, margin, SIZE - margin, SIZE - margin))
-        yield Sample((image,), (Turn(question, text, kind=kind),), "reading", f"font {Path(font).name}")
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
-
-TITLES = ("Report", "Notes", "Invoice", "Letter", "Manual", "Menu")
-
-
-def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2, 3)) -> Iterator[Sample]:
-    """Pages with a heading, lines of small text and one coloured shape; questions name a page or ask for it."""
-    rng = rng_for("documents", split, seed)
-    made = 0
-    while made < n:
-        count = rng.choice(pages)
-        shapes, colors = rng.sample(SHAPES, count), rng.sample(sorted(COLORS), count)
-        title = rng.choice(TITLES)
-        group = f"document {title} " + " ".join(f"{c} {s}" for c, s in zip(colors, shapes, strict=True))
-        if side(group) != split:
-            continue
-        made += 1
-        font = rng.choice(fonts(split))
-        images = []
-        for number in range(count):
-            image = Image.new("RGB", (SIZE, SIZE), "white")
-            draw_text(image, f"{title}, page {number + 1}", font, (16, 8, SIZE - 16, 40))
-            for line in range(4):
-                words = " ".join(rng.choice(WORDS) for _ in range(6))
-                draw_text(image, words, font, (16, 44 + 14 * line, SIZE - 16, 56 + 14 * line), fill="#555555")
-            draw_shape(ImageDraw.Draw(image), shapes[number], SIZE / 2, 162, 50, COLORS[colors[number]])
-            images.append(image)
-        evidence = rng.randrange(count)
-        other = rng.randrange(count)
-        turns = (
-            Turn(
-                f"Which page shows a {colors[evidence]} shape? Answer with its number.",
-                str(evidence + 1),
-                (NUMBERS[evidence + 1],),
-                kind="page",
-            ),
-            Turn(f"What color is the shape on page {other + 1}?", colors[other], kind="page color"),
-            Turn(f"What color is the {shapes[evidence]}?", colors[evidence], kind="color"),
-        )
-        turns = turns if split == "train" else (turns[made % 3],)
-        yield Sample(tuple(images), turns, "document", group, other if turns[0].kind == "page color" else evidence)
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-FACTS = {
-    "What is the capital of {}?": {
-        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Germany": "Berlin",
-        "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "England": "London", "China": "Beijing",
-        "Portugal": "Lisbon", "Austria": "Vienna", "Poland": "Warsaw", "Norway": "Oslo", "Ireland": "Dublin",
-        "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi", "Sweden": "Stockholm", "Hungary": "Budapest",
-    },
-    "What is the opposite of {}?": {
-        "hot": "cold", "up": "down", "big": "small", "day": "night", "open": "closed", "fast": "slow",
-        "happy": "sad", "old": "young", "wet": "dry", "hard": "soft", "early": "late", "full": "empty",
-        "rich": "poor", "strong": "weak", "black": "white", "good": "bad", "left": "right", "light": "dark",
-    },
-    "Which language is spoken in {}?": {
-        "Brazil": "Portuguese", "France": "French", "Germany": "German", "Japan": "Japanese", "Mexico": "Spanish",
-        "Italy": "Italian", "Russia": "Russian", "Greece": "Greek", "Sweden": "Swedish", "Turkey": "Turkish",
-    },
-    "Which animal says {}?": {
-        "meow": "cat", "woof": "dog", "moo": "cow", "quack": "duck", "oink": "pig", "neigh": "horse", "baa": "sheep",
-    },
-}  # fmt: skip
-FACT_KINDS = dict(zip(FACTS, ("capital", "opposite", "language", "animal"), strict=True))
-
-
-def text_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
-    """Short questions without a picture: facts and small sums."""
-    rng = rng_for("text", split, seed)
-    facts = [
-        (template.format(key), answer, template)
-        for template, table in FACTS.items()
-        for key, answer in table.items()
-        if side(f"fact {template} {key}", 0.7) == split
-    ]
-    rng.shuffle(facts)
-    for number in range(n):
-        if number % 4 == 3 or not facts:
-            a, b = rng.randrange(1, 10), rng.randrange(1, 10)
-            turn = Turn(f"What is {a} plus {b}?", str(a + b), kind="sum")
-        else:
-            question, answer, template = facts[number % len(facts)]
-            turn = Turn(f"{question} Answer with one word.", answer, kind=FACT_KINDS[template])
-        yield Sample((), (turn,), "text", turn.question)
+    return checked
 
 
 SOURCES = {
     "pictures": picture_samples,
-    "scenes": scene_samples,
-    "reading": reading_samples,
-    "documents": document_samples,
-    "text": text_samples,
+    "scenes": drawn.scene_samples,
+    "reading": with_fonts(drawn.reading_samples),
+    "documents": with_fonts(drawn.document_samples),
+    "text": drawn.text_samples,
 }
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from collections import Counter
 from typing import Any
 
 import build_eval_data as build
-import data_sources as sources
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mllm import drawn as sources
 from mllm.errors import EvalError
 from mllm.eval import tasks
 from mllm.eval.tasks import manifest, task_folder, task_include_path, verify_data

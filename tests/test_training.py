@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 
-import data_sources
 import pytest
 import torch
 import train_default
-from data_sources import SOURCES, Turn, scene_samples, side, text_samples
-from hypothesis import given
-from hypothesis import strategies as st
+from data_sources import SOURCES
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm.compose import compose
+from mllm.drawn import Turn, scene_samples
 from mllm.towers import VisionTowerConfig, VisionTowerModel
 
 
@@ -107,42 +105,6 @@ def test_only_answers_are_labelled(parts):
 )
 def test_scoring_in_the_evaluation(reply, right):
     assert train_default.correct(reply, Turn("How many?", "two", ("2",))) is right
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def test_samples_are_a_function_of_their_seed():
-    for source in (scene_samples, text_samples):
-        first, again, other = (list(source("train", seed, 20)) for seed in (0, 0, 1))
-        assert [s.turns for s in first] == [s.turns for s in again] != [s.turns for s in other]
-        assert [[i.tobytes() for i in s.images] for s in first] == [[i.tobytes() for i in s.images] for s in again]
-
-
-def test_train_and_test_share_no_scene_combination_and_no_fact():
-    for source in (scene_samples, text_samples):
-        groups = [{s.group for s in source(split, 3, 300)} for split in data_sources.SPLITS]
-        shared = {g for g in set.intersection(*groups) if len(g.split()) > 3 and "plus" not in g}
-        assert not shared
-
-
-def test_scene_answers_are_true():
-    """Read back from the picture: the colours that are in it, and how many shapes."""
-    for sample in scene_samples("test", 5, 60):
-        colors = {color for _, color in sample.images[0].getcolors(10_000)}
-        present = {name for name, color in data_sources.COLORS.items() if color in colors}
-        for turn in sample.turns:
-            if turn.kind == "color":
-                assert turn.answer in present
-            elif turn.kind == "count":
-                assert turn.answer == data_sources.NUMBERS[len(present)]
-            elif turn.kind == "caption":
-                assert all(name in turn.answer for name in present)
-
-
-@given(st.text(min_size=1))
-def test_a_group_has_one_side(group):
-    assert side(group) == side(group) in data_sources.SPLITS
 
 
 def test_sources_cover_the_mixture():
