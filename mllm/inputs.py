@@ -94,8 +94,10 @@ def chat_inputs(
     return encode(processor, texts, pictures)
 
 
-def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
-    """Prompts that contain image placeholders already, with the pictures of each, as a left-padded batch.
+def encode(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: str = "left"
+) -> Any:
+    """Prompts that contain image placeholders already, with the pictures of each, as a padded batch.
 
     Raises:
         InputError: a prompt with more or fewer placeholders than pictures.
@@ -108,4 +110,4 @@ def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image
                 "Write one placeholder per picture, or let chat_inputs() place them."
             )
     pictures = [list(row) for row in images] if any(images) else None  # nested: processors count per prompt
-    return processor(text=list(texts), images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    return processor(text=list(texts), images=pictures, padding=True, padding_side=padding_side, return_tensors="pt")

@@ -230,7 +230,9 @@ class _Template:
         texts, spans = [], []
         visible = [header for header in headers if header.pieces[header.gap][header.start : header.stop].strip()]
         distinct = {(h.pieces[h.gap], h.start, h.stop, h.gap == 0): h for h in visible}
-        for header, begin, end in itertools.product(distinct.values(), _EDGES, _EDGES):
+        # behind a special token some tokenizers begin as at the start of a text
+        edges = (*_EDGES, self.tokenizer.eos_token or "")
+        for header, begin, end in itertools.product(distinct.values(), edges, edges):
             content = f"{begin}a{end}"
             gap = sum(map(len, header.pieces[: header.gap])) + header.gap * len(content)
             texts.append(content.join(header.pieces))
@@ -255,6 +257,8 @@ class _Template:
             # blanks at its edges may be joined to any contents: with and without them
             shows = [place for place in places if text[slice(*offsets[place])].strip()]
             firsts = [place for place in places if place <= shows[0]]
+            if len(firsts) > 1 and offsets[firsts[0]] == offsets[firsts[1]]:
+                del firsts[0]  # put in by the tokenizer, stands for nothing in the text
             lasts = [place for place in places if place >= shows[-1]]
             spellings |= {tuple(ids[first : last + 1]) for first in firsts for last in lasts}
         return spellings
