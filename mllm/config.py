@@ -42,7 +42,9 @@ class Config:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.stack.describe(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([t.identity() for t in self.stack.techniques], sort_keys=True).encode()
+        ).hexdigest()[:16]
 
 
 def load_config(path: str | Path) -> Config:

@@ -151,7 +151,7 @@ def predict(
     """Cost of a prefill under ``stack`` without running anything.
 
     Args:
-        stack: techniques whose effect is known beforehand (a learned exit is measured instead).
+        stack: techniques; of a learned exit the last layer that it may choose is counted.
         spec: the decoder's shape.
         text_tokens: text tokens per row.
         visual_tokens: visual tokens per row.
@@ -165,9 +165,10 @@ def predict(
         )
     stack.check(spec)
     total = text_tokens + visual_tokens
+    own = sum(technique.extra_flops(spec, text_tokens, visual_tokens) for technique in stack.active(spec))
     dense = LayerWork(batch * total, batch * total * total).flops(spec) * spec.layers
     last = stack.last_visual_layer(spec)
-    flops = keys = 0
+    flops, keys = batch * own, 0
     for layer in range(spec.layers):
         visual = visual_tokens if layer <= last else 0
         length = text_tokens + visual
@@ -184,4 +185,4 @@ def predict(
         flops += work.flops(spec)
         keys += batch * length
     per_key = 2 * spec.kv_width * bytes_per_value
-    return Cost(flops, dense, keys * per_key, batch * total * spec.layers * per_key, stack.parameter_count())
+    return Cost(flops, dense, keys * per_key, batch * total * spec.layers * per_key, stack.parameter_count(spec))

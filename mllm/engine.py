@@ -2,8 +2,8 @@
 
 One call of the model makes one :class:`Step`. A pre-hook on the multimodal base model reads the call's
 :class:`~mllm.layout.TokenLayout` and passes the step down as a keyword argument, which stock transformers models hand
-on to every decoder layer. Nothing about a call is kept on a module, so threads, several models and recomputation
-cannot mix calls up. In each layer three sets of rows matter:
+on to every decoder layer and its attention. Nothing about a call is kept on a module, so threads, several models and
+recomputation cannot mix calls up. In each layer three sets of rows matter:
 
 * ``alive``: rows of the call that exist in this layer; their keys are what the layer's cache grows by;
 * ``active``: alive rows that run the layer, through the stock layer itself;
@@ -14,15 +14,18 @@ and masks, positions and rotary tables are gathered for them. Text keeps its ori
 the rows are put back in place, so that the caller sees the input's length.
 
 The cache is ragged: a layer holds keys for its alive rows. Layer 0 always holds all of them, because transformers
-reads the length of the sequence there. Which rows a cached key belongs to travels with the cache object.
+reads the length of the sequence there. Which rows a cached key belongs to travels with the cache object. Rows that
+left can be kept as they left, and enter a later call again: they stand before its own rows.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,167 +36,24 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mllm.attention import NAMES, STEP, Segment, additive, attend_segments
 from mllm.cost import LayerWork, ModelSpec
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout, valid_tokens
+from mllm.ragged import CACHE_STATE, CacheState, JoinedCache, Stash, check_cache_kind, lengths
+from mllm.reuse import ImageCache, Reuse
+from mllm.rows import Rows, Split, key_order
 from mllm.run import Run
-from mllm.technique import LayerView
+from mllm.technique import BranchView, LayerView, Opened, Revived, Technique
 
 if TYPE_CHECKING:
-    from mllm.technique import Stack, Technique, VisualPolicy
+    from mllm.roles import ChatFormat
+    from mllm.technique import Stack, VisualPolicy
 
-_STEP = "mllm_step"  # keyword that carries the step down to the layers
 _PASSIVE = "mllm_passive"  # keyword that carries passive keys and values into a layer's attention
-_CACHE_STATE = "mllm_state"  # attribute of a cache object: whose keys its layers hold
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Some tokens of each batch row, in order, at the right end of a common width.
-
-    Attributes:
-        index: (B, N) long into the sequence; None stands for all of it.
-        valid: (B, N) bool, False where a batch row has fewer tokens than N and another one fills in; None: all True.
-        length: N.
-    """
-
-    index: Tensor | None
-    valid: Tensor | None
-    length: int
-
-    @classmethod
-    def select(cls, wanted: Tensor, counts: list[int]) -> Rows:
-        """The tokens where ``wanted`` (B, S) is True; ``counts`` are its row sums, already on the host."""
-        length = max(1, *counts)
-        order = wanted.to(torch.int8).sort(dim=1, stable=True).indices  # (B, S), wanted ones last, in order
-        index = order[:, wanted.shape[1] - length :]  # (B, N)
-        ragged = any(count != length for count in counts)
-        return cls(index, wanted.gather(1, index) if ragged else None, length)
-
-    def take(self, states: Tensor, batch: int) -> Tensor:
-        """(B, N, ...) these tokens of ``states`` (B or 1, S, ...)."""
-        if self.index is None:
-            return states
-        if states.shape[0] != batch:
-            states = states.expand(batch, *states.shape[1:])
-        return states.flatten(0, 1).index_select(0, self._flat(states.shape[1])).unflatten(0, (batch, self.length))
-
-    def put(self, states: Tensor, updates: Tensor) -> Tensor:
-        """``states`` (B, S, D) with these tokens replaced by ``updates`` (B, N, D); fillers are left as they were."""
-        if self.index is None:
-            return updates
-        flat, source = self._flat(states.shape[1]), updates.flatten(0, 1)
-        if self.valid is not None:
-            real = self.valid.flatten()
-            flat, source = flat[real], source[real]
-        return states.flatten(0, 1).index_copy(0, flat, source).view_as(states)
-
-    def _flat(self, width: int) -> Tensor:
-        """(B * N,) index into the flattened (B * width) sequence."""
-        offsets = torch.arange(self.index.shape[0], device=self.index.device) * width
-        return (self.index + offsets[:, None]).flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """How the rows of a call are divided in a layer; layers with the same division share one object."""
-
-    alive: Rows
-    active: Rows
-    passive: Rows | None = None
-    #: (B, alive) where each alive row stands in [passive | active]
-    order: Tensor | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all rows simply run the layer."""
-        return self.active.index is None
-
-
-def _key_order(alive: Rows, active: Rows, passive: Rows, width: int) -> Tensor:
-    """(B, alive) position of each alive row in the concatenation [passive | active]."""
-    batch, device = active.index.shape[0], active.index.device
-    place = torch.zeros(batch, width + 1, dtype=torch.long, device=device)  # (B, S + 1), the last column is a bin
-    for rows, offset in ((passive, 0), (active, passive.length)):
-        index = rows.index if rows.valid is None else rows.index.masked_fill(~rows.valid, width)
-        place.scatter_(1, index, (torch.arange(rows.length, device=device) + offset).expand(batch, -1))
-    return place[:, :width] if alive.index is None else place.gather(1, alive.index)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class CacheState:
-    """Which tokens the keys of a ragged cache belong to.
-
-    Attributes:
-        length: tokens seen when this was written; keys that came later are held by every layer.
-        rows: per layer, the tokens whose keys it holds, as columns of the whole sequence.
-    """
-
-    length: int
-    rows: tuple[Rows, ...]
-
-    def past(self, layer: int, length: int) -> Rows:
-        """The keys that ``layer`` holds now that ``length`` tokens have been seen."""
-        rows, tail = self.rows[layer], length - self.length
-        if rows.index is None or tail == 0:
-            return Rows(None, None, length) if rows.index is None else rows
-        batch = rows.index.shape[0]
-        new = torch.arange(self.length, length, device=rows.index.device).expand(batch, -1)  # (B, tail)
-        valid = None if rows.valid is None else torch.nn.functional.pad(rows.valid, (0, tail), value=True)
-        return Rows(torch.cat((rows.index, new), dim=1), valid, rows.length + tail)
-
-    def cropped(self, length: int) -> CacheState | None:
-        """The state once the last tokens are cut off again; None where dropped rows are among them."""
-        cut, rows = self.length - length, {}
-        for old in self.rows:
-            if old.index is None:
-                rows[old] = Rows(None, None, length)
-                continue
-            tail = torch.arange(length, self.length, device=old.index.device)
-            whole = old.valid is None or bool(old.valid[:, -cut:].all())
-            if cut >= old.length or not whole or not bool((old.index[:, -cut:] == tail).all()):
-                return None
-            valid = None if old.valid is None else old.valid[:, :-cut]
-            rows[old] = Rows(old.index[:, :-cut], valid, old.length - cut)
-        return CacheState(length, tuple(rows[old] for old in self.rows))
-
-
-class _JoinedCache:
-    """Stands in for the cache inside one attention call: passive keys and values join the active ones."""
-
-    def __init__(self, cache: Cache | None, keys: Tensor, values: Tensor, order: Tensor) -> None:
-        self.cache, self.keys, self.values, self.order = cache, keys, values, order
-
-    def _join(self, passive: Tensor, active: Tensor) -> Tensor:
-        joined = torch.cat((passive, active), dim=2)  # (B, kv_heads, P + A, head_dim)
-        index = self.order[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
-        return joined.gather(2, index)  # (B, kv_heads, alive, head_dim)
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self._join(self.keys, keys), self._join(self.values, values)
-        if self.cache is None:
-            return keys, values
-        return self.cache.update(keys, values, *args, **kwargs)
-
-
-def _check_cache_kind(cache: Cache) -> None:
-    for layer in cache.layers:
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModelError(
-                f"The key/value cache has a {type(layer).__name__}; techniques that drop or freeze rows need "
-                "transformers' DynamicCache with plain layers. Leave cache_implementation unset."
-            )
-
-
-def _lengths(cache: Cache) -> list[int]:
-    return [layer.get_seq_length() for layer in cache.layers]
+_BRANCH = "mllm_branch"  # keyword that carries what a layer's branch needs
+_LABELS = "mllm_labels"  # keyword that carries training labels to the base model
 
 
 # --- one call ---------------------------------------------------------------------------------------------------------
@@ -202,38 +62,69 @@ def _lengths(cache: Cache) -> list[int]:
 class Step:
     """One forward call of the model."""
 
-    def __init__(self, engine: Engine, layout: TokenLayout, visual: bool, cache: Cache | None, whole: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        layout: TokenLayout,
+        visual: bool,
+        cache: Cache | None,
+        whole: bool,
+        mask: Tensor | None = None,
+    ) -> None:
         self.engine = engine
-        self.layout = layout
-        self.batch, self.width = layout.visual.shape
+        self.mask = mask  # (B, past + S), 1 for real tokens, where there is padding
+        self.batch, self.new = layout.visual.shape
         self.visual = visual
         self.whole = whole  # hidden states of every layer must have full length
-        if not layout.past_length and hasattr(cache, _CACHE_STATE):  # the cache was reset
-            delattr(cache, _CACHE_STATE)
-        self.past: CacheState | None = getattr(cache, _CACHE_STATE, None)
+        self.cache = cache
+        if not layout.past_length and hasattr(cache, CACHE_STATE):  # the cache was reset
+            delattr(cache, CACHE_STATE)
+        self.past: CacheState | None = getattr(cache, CACHE_STATE, None)
+        # nothing to do in the layers: no visual rows in this call, and none dropped in an earlier one
+        acts = engine.active if visual else [t for t in engine.active if t.acts_on_text]
+        self.idle = not acts and self.past is None
+        if cache is not None and layout.past_length:
+            self._check_cache(cache, layout)
+        self.store = {} if self.past is None else {name: dict(kept) for name, kept in self.past.store.items()}
+        self.scratch: dict[str, dict[str, Any]] = {}
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self.revived = self._revive(layout)
+        self._entering = set() if self.revived is None else set(self.revived.layer.tolist())
+        self.layout = layout = self._extended(layout)
+        self.width = layout.visual.shape[1]  # of the call's own tokens and those that came back
+        self.opened: tuple[Opened, ...] = ()
+        if visual:
+            self.opened = tuple(opened for technique in engine.active for opened in technique.opens(layout))
+        self.reduced: Tensor | None = None  # (B, S) bool, alive rows once a technique has dropped some
         everything = Rows(None, None, self.width)
         self.split = self._whole_split = Split(everything, everything)
-        self.reduced: Tensor | None = None  # (B, S) bool, alive rows once a technique has dropped some
+        if self.revived is not None:
+            self.reduced = layout.valid & (self._numbers() >= layout.revived)  # they enter later
+            own = torch.arange(layout.revived, self.width, device=layout.visual.device).expand(self.batch, -1)
+            rows = Rows(own, None, self.new)
+            self.split = Split(rows, rows)
         self.visual_per_layer: list[Tensor] = []
         self.splits: list[Split] = []
+        self.segments: list[tuple[Segment, ...] | None] = []
         self.work: Counter[LayerWork] = Counter()
         self.extra_flops = 0
         self.fired: set[Technique] = set()
+        self.branches: list[tuple[int, str]] = [] if self.past is None else list(self.past.branches)
+        self.reuse: Reuse | None = None
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
         self._passive: Tensor | None = None  # (B, P, D)
+        self._embeddings: Tensor | None = None  # (B, S, D) what entered layer 0, for branches
+        self._rotary: tuple[Tensor, Tensor] | None = None  # of all rows
         self._no_past = Rows(None, None, layout.past_length)
         self._counted: tuple[Tensor, Tensor] | None = None  # alive rows, and how many of them are visual
         self._known: dict[tuple, Split] = {}
         self._gathered: dict[tuple, Any] = {}
-        # nothing to do in the layers: no visual rows in this call, and none dropped in an earlier one
-        self.idle = not (visual and engine.active) and self.past is None
-        if cache is not None and layout.past_length:
-            self._check_cache(cache)
+        self._pattern: list[bool] | str | None = "unknown"
 
-    def _check_cache(self, cache: Cache) -> None:
+    def _check_cache(self, cache: Cache, layout: TokenLayout) -> None:
         """The cache must hold what the state says: every layer the same number of keys, or the recorded ones."""
-        length = self.layout.past_length
-        found = _lengths(cache)
+        length = layout.past_length
+        found = lengths(cache)[: self.engine.spec.layers]
         if self.past is not None and length < self.past.length:  # cropped, as assisted decoding does
             cropped = self.past.cropped(length)
             if cropped is None:
@@ -242,7 +133,7 @@ class Step:
                     "images, into rows that layers have dropped. Start again with an empty cache."
                 )
             self.past = cropped
-            setattr(cache, _CACHE_STATE, cropped)
+            setattr(cache, CACHE_STATE, cropped)
         if self.past is None:
             expected = [length] * len(found)
         else:
@@ -259,11 +150,63 @@ class Step:
                 "something else. Start again with an empty cache."
             )
 
+    # -- rows of earlier calls
+
+    def _revive(self, layout: TokenLayout) -> Revived | None:
+        """Rows that a technique lets in again; only where new tokens are read, not while an answer is written."""
+        if self.past is None or self.new == 1:
+            return None
+        for technique in self.engine.active:
+            revived = technique.revive(layout, self.store.get(self.engine.key(technique), {}))
+            if revived is not None:
+                return revived
+        return None
+
+    def _extended(self, layout: TokenLayout) -> TokenLayout:
+        """The layout with the rows that came back in front."""
+        if self.revived is None:
+            return layout
+        stash = self.revived.stash
+        return TokenLayout(
+            torch.cat([stash.valid, layout.visual], dim=1),
+            torch.cat([stash.valid, layout.valid], dim=1),
+            layout.past_length,
+            None if layout.roles is None else layout.roles.padded(stash.valid.shape[1]),
+            stash.valid.shape[1],
+            stash.image,
+        )
+
+    def _numbers(self) -> Tensor:
+        """(1, S) long, the number of each row of the call."""
+        return torch.arange(self.width, device=self.layout.visual.device)[None]
+
+    def _valid_columns(self) -> Tensor:
+        """(B, past + S) bool, columns of the whole sequence that are not padding."""
+        layout = self.layout
+        own = layout.valid[:, layout.revived :]
+        if self.mask is not None:
+            return self.mask.bool()
+        return nn.functional.pad(own, (layout.past_length, 0), value=True)
+
+    def _columns_of(self, rows: Rows) -> Tensor:
+        """(B or 1, N) columns of the whole sequence in which rows of this call stand."""
+        revived = self.layout.revived
+        index = self._numbers() if rows.index is None else rows.index
+        own = index - revived + self.layout.past_length
+        if self.revived is None:
+            return own
+        columns = self.revived.stash.columns  # (B, R)
+        back = columns.gather(1, index.expand(self.batch, -1).clamp(max=revived - 1))
+        return torch.where(index < revived, back, own)
+
     # -- into a layer
 
     def enter(self, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Prepare ``kwargs`` for layer ``number`` and return the rows that run it, (B, active, D)."""
         policy = self.engine.policies[number] if self.visual else None
+        if number == 0:
+            self._start(hidden)
+        rotary = self._tables(kwargs["position_embeddings"])
         before = self.split
         self._reduce(number, hidden)
         self.split = split = self._divide(policy)
@@ -273,44 +216,96 @@ class Step:
             hidden = split.active.take(full, self.batch)
             self._passive = None if split.passive is None else split.passive.take(full, self.batch)
         past = self._past(number)
-        keys = past.length + split.alive.length
-        rotary = kwargs["position_embeddings"]
+        computed = 0
         if split.passive is not None:
-            keys_values = self._serve(layer, policy, self._take("rotary", split.passive, rotary))
+            tables = self._take("rotary", split.passive, rotary)
+            if number == 0 and self.engine.run.image_cache is not None:
+                image = split.passive.take(self.layout.image_index, self.batch)  # (B, P)
+                self.reuse = Reuse(self.engine.run.image_cache, split.passive, self._passive, tables, image)
+            keys_values = self._serve(number, layer, policy, tables)
             kwargs[_PASSIVE] = (*keys_values, split.order)
-        kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), split, past, hidden)
+            computed = self.batch * split.passive.length if self.reuse is None else self.reuse.computed
+        segments = self._segments(split, past)
+        self.segments.append(segments)
+        kwargs["attention_mask"] = (
+            None if segments is not None else self._mask(kwargs.get("attention_mask"), split, past, hidden)
+        )
         if not split.is_whole:
             kwargs["position_embeddings"] = self._take("rotary", split.active, rotary)
-            if kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = self._take("positions", split.active, (kwargs["position_ids"],))[0]
-        passive = 0 if split.passive is None else split.passive.length
+            kwargs["position_ids"] = None  # read by attention only to find packed sequences, which gaps look like
+        if self.engine.branches[number]:
+            kwargs[_BRANCH] = {"residual": hidden}
+        if segments is None:
+            scores = split.active.length * (past.length + split.alive.length)
+        else:
+            scores = sum(segment.scores for segment in segments)
         self.work[
             LayerWork(
                 self.batch * split.active.length,
-                self.batch * split.active.length * keys,
-                self.batch * passive,
-                bool(passive and policy.own_value),
-                bool(passive and policy.ffn),
+                self.batch * scores,
+                computed,
+                bool(computed and policy.own_value),
+                bool(computed and policy.ffn),
             )
         ] += 1
         return hidden
 
     def leave(self, number: int, hidden: Tensor) -> Tensor | None:
         """Put all rows back in place, (B, S, D), where the caller needs them; None leaves the output alone."""
-        if self.split.is_whole or not (self.whole or number == self.engine.spec.layers - 1):
+        last = number == self.engine.spec.layers - 1
+        if last and self.reuse is not None:
+            self.reuse.finish()
+        if self.revived is not None:
+            if not last:
+                return None
+            return self._restore(self.split, hidden)[:, self.layout.revived :]
+        if self.split.is_whole or not (self.whole or last):
             return None
         return self._restore(self.split, hidden)
 
+    def _start(self, hidden: Tensor) -> None:
+        if any(self.engine.branches):
+            self._embeddings = hidden
+        if self.revived is not None:
+            self._full = torch.cat([self.revived.stash.states.to(hidden.dtype), hidden], dim=1)  # (B, S, D)
+
+    def _tables(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all rows, (B or 1, S, head_dim)."""
+        if self._rotary is None:
+            if self.revived is not None:
+                stash = self.revived.stash
+                rotary = tuple(
+                    torch.cat([old.to(new.dtype), new.expand(self.batch, -1, -1)], dim=1)
+                    for old, new in zip((stash.cos, stash.sin), rotary, strict=True)
+                )
+            self._rotary = rotary
+        return self._rotary
+
     def _reduce(self, number: int, hidden: Tensor) -> None:
-        """Ask the techniques which rows stay."""
-        if not self.visual:
-            return
+        """Let rows in that come back here, and ask the techniques which rows stay."""
         spec, layout = self.engine.spec, self.layout
+        if number in self._entering:
+            entering = (self.revived.layer == number)[:, None] & (self._numbers() < layout.revived)  # (B, S)
+            self.reduced = self.reduced | (entering & layout.valid)
+        if not (self.visual or self.revived is not None):
+            return
         alive = layout.valid if self.reduced is None else self.reduced
         for technique in self.engine.active:
             if technique.visual_policy(number, spec) is not None:
                 self.fired.add(technique)
-            view = LayerView(number, spec, layout, alive, partial(self._states, hidden), self._spend)
+            key = self.engine.key(technique)
+            view = LayerView(
+                number,
+                spec,
+                layout,
+                alive,
+                partial(self._states, hidden),
+                self._spend,
+                self.engine.modules.get(technique),
+                self.store.setdefault(key, {}),
+                self.outputs.setdefault(technique.name, {}),
+                partial(self._stash, hidden),
+            )
             keep = technique.keep(view)
             if keep is None:
                 continue
@@ -326,6 +321,14 @@ class Step:
 
     def _states(self, hidden: Tensor) -> Tensor:
         return hidden if self.whole else self._restore(self.split, hidden)
+
+    def _stash(self, hidden: Tensor, wanted: Tensor) -> Stash:
+        rows = Rows.select(wanted, wanted.sum(dim=1).tolist())
+        cos, sin = (rows.take(table, self.batch) for table in self._rotary)
+        valid = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
+        states = rows.take(self._states(hidden), self.batch)
+        image = rows.take(self.layout.image_index, self.batch)
+        return Stash(self._columns_of(rows), valid, states, cos, sin, image)
 
     def _spend(self, flops: int) -> None:
         self.extra_flops += flops
@@ -347,7 +350,7 @@ class Step:
                 split = self._whole_split if self.reduced is None else Split(rows, rows)
             else:
                 active, passive = Rows.select(wanted[1], counts[1]), Rows.select(wanted[2], counts[2])
-                split = Split(rows, active, passive, _key_order(rows, active, passive, self.width))
+                split = Split(rows, active, passive, key_order(rows, active, passive, self.width))
         self._known[key] = split
         return split
 
@@ -355,6 +358,10 @@ class Step:
         """(B, S, D) all rows at their places: the travelling, the passive, and the others as they were left."""
         if split.is_whole:
             return hidden
+        if self.whole and self.revived is not None:
+            raise UnsupportedModelError(
+                "output_hidden_states=True: rows of an earlier turn that enter again have no place there. Ask without."
+            )
         full = split.active.put(self._full, hidden)
         return full if split.passive is None else split.passive.put(full, self._passive)
 
@@ -378,28 +385,181 @@ class Step:
 
     # -- passive rows
 
-    def _serve(self, layer: nn.Module, policy: VisualPolicy, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _serve(
+        self, number: int, layer: nn.Module, policy: VisualPolicy, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of the passive rows, (B, kv_heads, P, head_dim) each; then what the policy does to them."""
-        states, attention = self._passive, layer.self_attn  # (B, P, D)
-        normed = layer.input_layernorm(states)  # (B, P, D)
-        shape = (*states.shape[:2], -1, attention.head_dim)
-        keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, kv_heads, P, head_dim)
-        values = attention.v_proj(normed).view(shape).transpose(1, 2)  # (B, kv_heads, P, head_dim)
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        _, keys = rotate(keys[:, :0], keys, *rotary)
-        if policy.own_value:
-            own = values.repeat_interleave(attention.num_key_value_groups, dim=1)  # (B, heads, P, head_dim)
-            states = states + attention.o_proj(own.transpose(1, 2).flatten(2))
-        if policy.ffn:
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
-        self._passive = states
+        compute = partial(_serve, layer, policy)
+        if self.reuse is None:
+            keys, values, self._passive = compute(self._passive, rotary)
+        else:
+            keys, values, self._passive = self.reuse.serve(number, self._passive, rotary, compute)
         return keys, values
+
+    # -- attention
+
+    def attend(
+        self,
+        stock: Any,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer's attention over its rows; keeps nothing, since recomputation calls it again."""
+        number = module.layer_idx
+        branch = kwargs.pop(_BRANCH, None)
+        segments = self.segments[number]
+
+        def run(values: Tensor) -> Tensor:
+            if segments is None:
+                return stock(module, query, key, values, mask, **kwargs)[0]
+            return attend_segments(stock, segments, module, query, key, values, kwargs)
+
+        if branch is not None:
+            branch["mixed"] = self._mix(number, key, run)
+        return run(value), None
+
+    def _mix(self, number: int, key: Tensor, run: Any) -> Tensor | None:
+        """(B, A, c) a branch's channels, weighted as the layer's attention weighs its values, summed over heads."""
+        technique = self.engine.branches[number][0]
+        batch, kv_heads, length, head_dim = key.shape
+        channels = technique.channels(number, self._key_positions(number), self.engine.modules[technique])
+        if channels is None:
+            return None
+        padded = nn.functional.pad(channels.to(key.dtype), (0, head_dim - channels.shape[-1]))  # (B, K, head_dim)
+        values = padded[:, None].expand(batch, kv_heads, length, head_dim)
+        return run(values)[..., : channels.shape[-1]].sum(dim=2)
+
+    def _key_positions(self, number: int) -> Tensor:
+        """(B, K) long, for each key of a layer the number of real tokens before it."""
+        past, alive = self._past(number), self.splits[number].alive
+        cached = ("key positions", past, alive)
+        if cached not in self._gathered:
+            valid = self._valid_columns()  # (B, past + S)
+            positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+            keys = self._key_columns(past, alive)
+            self._gathered[cached] = positions.gather(1, keys)
+        return self._gathered[cached]
+
+    def add_branch(self, module: nn.Module, output: Tensor, branch: dict[str, Any]) -> Tensor:
+        """A layer's attention output with its branch added."""
+        number = module.layer_idx
+        (technique,) = self.engine.branches[number]
+        self.fired.add(technique)
+        key = self.engine.key(technique)
+        view = BranchView(
+            number,
+            self.engine.spec,
+            self.layout,
+            branch["residual"] + output,
+            self._embeddings,
+            self._rotary,
+            sys.modules[type(module).__module__].apply_rotary_pos_emb,
+            branch["mixed"],
+            self.engine.modules[technique],
+            self.store.setdefault(key, {}),
+            self.scratch.setdefault(key, {}),
+            self._spend,
+            partial(self._extend, number, key),
+        )
+        return output + technique.branch(view).to(output.dtype)
+
+    def _extend(self, number: int, key: str, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A branch's own cache lies in the cache object too, behind the model's layers: beams and crops reach it."""
+        if self.cache is None:
+            return keys, values
+        place = (number, f"{key}.{name}")
+        if place not in self.branches:
+            self.branches.append(place)
+        index = self.engine.spec.layers + self.branches.index(place)
+        while len(self.cache.layers) <= index:
+            self.cache.layers.append(DynamicLayer())
+        return self.cache.layers[index].update(keys, values)
+
+    def _segments(self, split: Split, past: Rows) -> tuple[Segment, ...] | None:
+        """Row ranges that attend without masks, where all batch rows have the same shape; None where they do not."""
+        if split.passive is None and not self.opened:
+            return None
+        key = ("segments", split, past)
+        if key not in self._gathered:
+            self._gathered[key] = self._make_segments(split, past)
+        return self._gathered[key]
+
+    def _make_segments(self, split: Split, past: Rows) -> tuple[Segment, ...] | None:
+        ragged = (split.alive.valid, split.active.valid, past.valid)
+        if not self.engine.owns_attention or self.reduced is not None or any(valid is not None for valid in ragged):
+            return None
+        visual = self._uniform()
+        if visual is None:
+            return None
+        runs, start = [], 0
+        for stop in range(1, self.width + 1):
+            if stop == self.width or visual[stop] != visual[start]:
+                runs.append((start, stop))
+                start = stop
+        segments, before, offset = [], 0, past.length
+        for start, stop in runs:
+            if split.passive is not None:
+                if not visual[start]:
+                    rows = (before, before + stop - start)
+                    segments.append(Segment(rows, ((0, offset + stop),)))
+                    before = rows[1]
+                continue
+            later = self._later(start, stop) if visual[start] else ()
+            if later is None:
+                return None
+            spans = tuple((offset + low, offset + high) for low, high in later if low >= stop)
+            whole = any(low < stop for low, _ in later)  # the picture's own rows are open to each other
+            if not spans:
+                segments.append(Segment((start, stop), ((0, offset + stop),), causal=not whole))
+            else:
+                keys = ((0, offset + start), *spans, (offset + start, offset + stop))
+                segments.append(Segment((start, stop), keys, causal=not whole))
+        return tuple(segments)
+
+    def _uniform(self) -> list[bool] | None:
+        """Which columns are visual, if they are the same in all batch rows and nothing is padding."""
+        if self._pattern == "unknown":
+            layout = self.layout
+            same = (layout.visual == layout.visual[:1]).all() & layout.valid.all()
+            for opened in self.opened:
+                for part in (opened.low, opened.high, opened.group):
+                    same = same & (part == part[:1]).all()
+            self._pattern = layout.visual[0].tolist() if bool(same) else None
+        return self._pattern
+
+    def _later(self, start: int, stop: int) -> list[tuple[int, int]] | None:
+        """Ranges of keys opened to the rows from ``start`` to ``stop``; None where these rows differ in them."""
+        numbers = self._numbers()
+        allowed = torch.zeros(stop - start, self.width, dtype=torch.bool, device=numbers.device)  # (rows, S)
+        for opened in self.opened:
+            one = Opened(opened.low[:1], opened.high[:1], opened.group[:1])
+            allowed |= one.allowed(numbers[:, start:stop], numbers)[0]
+        own = allowed[:, start:stop]
+        outside = allowed.clone()
+        outside[:, :stop] = False
+        if bool((outside != outside[:1]).any()) or (bool(own.any()) and not bool((own | own.T).all())):
+            return None
+        seen = outside[0].tolist()
+        ranges = [(start, stop)] if bool(own.triu(1).any()) else []
+        first = None
+        for column in range(stop, self.width + 1):
+            inside = column < self.width and seen[column]
+            if inside and first is None:
+                first = column
+            elif not inside and first is not None:
+                ranges.append((first, column))
+                first = None
+        return ranges
 
     # -- masks
 
     def _mask(self, mask: Tensor | None, split: Split, past: Rows, hidden: Tensor) -> Tensor | None:
         """The layer's mask for the active rows and the keys it holds; made once for the layers that share them."""
-        if split.is_whole and past.index is None:
+        if split.is_whole and past.index is None and not self.opened:
             return mask
         key = ("mask", split, past, None if mask is None else id(mask))
         if key not in self._gathered:
@@ -413,22 +573,24 @@ class Step:
                 'rows that remain. Load the model with attn="sdpa" or attn="eager".'
             )
         all_valid = split.alive.valid is None and split.active.valid is None and past.valid is None
-        if mask is None and all_valid and (self.width == 1 or (split.passive is None and past.length == 0)):
-            return None  # one new token sees every key; a square causal block is what no mask means
-        length, device = self.layout.past_length, hidden.device
-        queries = self._columns(split.active, length, device)  # (B or 1, A)
-        keys = torch.cat(
-            [
-                columns.expand(self.batch, -1)
-                for columns in (self._columns(past, 0, device), self._columns(split.alive, length, device))
-            ],
-            dim=1,
-        )  # (B, K)
-        if mask is None:
+        # one new token sees every key; a square causal block is what no mask means
+        square = split.passive is None and past.length == 0 and not self.opened
+        if mask is None and all_valid and self.revived is None and (self.width == 1 or square):
+            return None
+        device = hidden.device
+        queries = self._columns_of(split.active)  # (B or 1, A)
+        keys = self._key_columns(past, split.alive)  # (B, K)
+        if self.revived is not None:
+            valid = self._valid_columns()  # (B, past + S)
+            made = (keys[:, None, :] <= queries[:, :, None]) & valid.gather(1, keys)[:, None]  # (B, A, K)
+        elif mask is None:
             made = keys[:, None, :] <= queries[:, :, None]  # (B, A, K)
         else:
             rows = torch.arange(self.batch, device=device)[:, None, None] % mask.shape[0]  # (B, 1, 1)
+            length = self.layout.past_length
             made = mask[rows, 0, (queries - length)[:, :, None], keys[:, None, :]]  # (B, A, K)
+        for opened in self.opened:
+            made = self._open(made, opened, split, keys)
         if past.valid is not None or split.alive.valid is not None:
             valid = torch.cat([self._valid(past, device), self._valid(split.alive, device)], dim=1)[:, None, :]
             if made.dtype == torch.bool:
@@ -436,14 +598,24 @@ class Step:
             else:
                 made = made.masked_fill(~valid, torch.finfo(made.dtype).min)
         made = made[:, None]  # (B, 1, A, K)
-        if made.dtype == torch.bool and self.engine.parts.attention == "eager":
-            return torch.zeros_like(made, dtype=hidden.dtype).masked_fill(~made, torch.finfo(hidden.dtype).min)
+        if made.dtype == torch.bool and self.engine.backend == "eager":
+            return additive(made, hidden.dtype)
         return made
 
-    def _columns(self, rows: Rows, offset: int, device: torch.device) -> Tensor:
-        """(B or 1, N) columns of the whole sequence that ``rows`` stand for."""
-        index = torch.arange(rows.length, device=device)[None] if rows.index is None else rows.index
-        return index + offset
+    def _open(self, made: Tensor, opened: Opened, split: Split, keys: Tensor) -> Tensor:
+        """(B, A, K) the mask with what ``opened`` allows besides."""
+        index = self._numbers() if split.active.index is None else split.active.index
+        layout = self.layout
+        own = (keys - layout.past_length + layout.revived).masked_fill(keys < layout.past_length, -1)  # (B, K)
+        allowed = opened.allowed(index.expand(self.batch, -1), own)  # (B, A, K)
+        allowed = allowed & layout.valid.gather(1, own.clamp(min=0))[:, None]
+        return made | allowed if made.dtype == torch.bool else made.masked_fill(allowed, 0.0)
+
+    def _key_columns(self, past: Rows, alive: Rows) -> Tensor:
+        """(B, K) columns of the whole sequence that a layer's keys stand for."""
+        device = self.layout.visual.device
+        before = torch.arange(past.length, device=device)[None] if past.index is None else past.index
+        return torch.cat([part.expand(self.batch, -1) for part in (before, self._columns_of(alive))], dim=1)
 
     def _valid(self, rows: Rows, device: torch.device) -> Tensor:
         if rows.valid is None:
@@ -455,7 +627,7 @@ class Step:
     def finish(self, cache: Cache | None, bytes_per_value: int) -> None:
         """Book the call, and leave on the cache what later calls must know."""
         engine, layout = self.engine, self.layout
-        length = layout.past_length + self.width
+        length = layout.past_length + self.new
         layers = engine.spec.layers
         if not self.idle and len(self.splits) != layers:
             raise DidNotFireError(
@@ -463,6 +635,8 @@ class Step:
                 "all of them. Attach after the model is complete, and not to a compiled or rebuilt copy."
             )
         if self.visual:
+            if self.opened:
+                self.fired.update(t for t in engine.active if _opens(t))
             missing = [technique for technique in engine.active if technique not in self.fired]
             if missing:
                 raise DidNotFireError(
@@ -471,40 +645,69 @@ class Step:
                 )
             counts = self.visual_per_layer or [layout.visual.sum(dim=1)] * layers
             engine.run.record_visual(layout.visual.sum(dim=1), counts)
+            engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
+        elif self.revived is not None:
+            engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
         if self.idle:
-            self.work[LayerWork(self.batch * self.width, self.batch * self.width * length)] = layers
-            lengths = [length] * layers
+            self.work[LayerWork(self.batch * self.new, self.batch * self.new * length)] = layers
+            held = [length] * layers
         else:
-            lengths = [self._past(n).length + split.alive.length for n, split in enumerate(self.splits)]
-        engine.run.count(self.work, self.extra_flops, self.batch, self.width, length)
+            held = [self._past(n).length + split.alive.length for n, split in enumerate(self.splits)]
+        engine.run.count(self.work, self.extra_flops, self.batch, self.new, length)
         if cache is None:
             engine.run.count_cache([], 0, 0, 0)
             return
-        engine.run.count_cache(lengths, self.batch, length, bytes_per_value)
-        if self.visual and not self.idle:
-            _check_cache_kind(cache)
-            if self.reduced is not None or self.past is not None:
-                setattr(cache, _CACHE_STATE, CacheState(length, self._held()))
+        store = {name: kept for name, kept in self.store.items() if kept}
+        extra = sum(value.nbytes for kept in store.values() for value in kept.values() if hasattr(value, "nbytes"))
+        own = cache.layers[layers : layers + len(self.branches)]
+        extra += sum(layer.keys.nbytes + layer.values.nbytes for layer in own)
+        held += [layer.get_seq_length() for layer in own]
+        engine.run.count_cache(held, self.batch, length, bytes_per_value, extra)
+        if self.idle:
+            return
+        if self.visual or self.revived is not None:
+            check_cache_kind(cache)
+        changed = self.reduced is not None or store or self.branches
+        if changed and (self.visual or self.revived is not None or self.past is None or self.branches):
+            setattr(cache, CACHE_STATE, CacheState(length, self._held(), store, tuple(self.branches)))
 
     def _held(self) -> tuple[Rows, ...]:
         """Per layer, the tokens whose keys the cache now holds; layers that hold the same share one object."""
-        offset, device = self.layout.past_length, self.layout.visual.device
+        device = self.layout.visual.device
         known: dict[tuple, Rows] = {}
         held = []
         for number, split in enumerate(self.splits):
             past, alive = self._past(number), split.alive
-            key = (past, alive) if past.index is not None else alive
+            key = (past if past.index is not None else None, alive)
             if key not in known:
                 if past.index is None and alive.index is None:
-                    known[key] = Rows(None, None, offset + self.width)
+                    known[key] = Rows(None, None, self.layout.past_length + self.width)
                 else:
-                    parts = (self._columns(past, 0, device), self._columns(alive, offset, device))
-                    index = torch.cat([part.expand(self.batch, -1) for part in parts], dim=1)  # (B, K)
+                    index = self._key_columns(past, alive)  # (B, K)
                     ragged = past.valid is not None or alive.valid is not None
                     valid = torch.cat([self._valid(past, device), self._valid(alive, device)], 1) if ragged else None
                     known[key] = Rows(index, valid, index.shape[1])
             held.append(known[key])
         return tuple(held)
+
+
+def _serve(
+    layer: nn.Module, policy: VisualPolicy, states: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values, (B, kv_heads, P, head_dim), and next states, (B, P, D), of rows that attend to nothing else."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(states)  # (B, P, D)
+    shape = (*states.shape[:2], -1, attention.head_dim)
+    keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, kv_heads, P, head_dim)
+    values = attention.v_proj(normed).view(shape).transpose(1, 2)  # (B, kv_heads, P, head_dim)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    _, keys = rotate(keys[:, :0], keys, *rotary)
+    if policy.own_value:
+        own = values.repeat_interleave(attention.num_key_value_groups, dim=1)  # (B, heads, P, head_dim)
+        states = states + attention.o_proj(own.transpose(1, 2).flatten(2))
+    if policy.ffn:
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return keys, values, states
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -513,14 +716,35 @@ class Step:
 class Engine:
     """The hooks of one attachment."""
 
-    def __init__(self, stack: Stack, parts: Parts) -> None:
+    def __init__(
+        self, stack: Stack, parts: Parts, modules: dict[Technique, nn.Module], chat: ChatFormat | None
+    ) -> None:
         self.stack = stack
         self.parts = parts
+        self.modules = modules
+        self.chat = chat
         self.spec = ModelSpec.from_config(parts.text_config)
         self.active = stack.active(self.spec)
         self.policies = [stack.visual_policy(layer, self.spec) for layer in range(self.spec.layers)]
-        self.run = Run(self.spec)
+        #: per layer, the techniques that have a branch there (one at most)
+        self.branches = [
+            tuple(t for t in self.active if n in t.branch_layers(self.spec)) for n in range(self.spec.layers)
+        ]
+        pictures = max((getattr(t, "image_cache", 0) for t in self.active), default=0)
+        self.run = Run(self.spec, image_cache=ImageCache(pictures) if pictures else None)
+        #: the attention backend that the model was loaded with
+        self.backend = parts.attention
+        self.owns_attention = (
+            any(policy is not None for policy in self.policies)
+            or any(self.branches)
+            or any(_opens(t) for t in self.active)
+        )
+        self._guards = [t for t in self.active if type(t).check_labels is not Technique.check_labels]
         self._names = list(inspect.signature(parts.base.forward).parameters)
+
+    def key(self, technique: Technique) -> str:
+        """Name under which a technique keeps things on a cache."""
+        return f"{self.active.index(technique)}.{technique.name}"
 
     def install(self) -> list[RemovableHandle]:
         """Register all hooks; the caller removes them."""
@@ -537,9 +761,26 @@ class Engine:
             ]
             if self.policies[number] is not None:
                 handles.append(layer.self_attn.register_forward_pre_hook(_before_attention, with_kwargs=True))
+            if self.branches[number]:
+                handles.append(layer.self_attn.register_forward_hook(_after_attention, with_kwargs=True))
+        if self._guards:
+            handles.append(self.parts.model.register_forward_pre_hook(_before_model, with_kwargs=True))
+        if self.owns_attention:
+            self.parts.text.config._attn_implementation = NAMES[self.backend]
         return handles
 
+    def uninstall(self) -> None:
+        """Give the decoder its attention back."""
+        if self.owns_attention:
+            self.parts.text.config._attn_implementation = self.backend
+
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError(
+                "The model is being compiled: techniques choose rows while the model runs, which a compiled graph "
+                "cannot. Detach before torch.compile, or leave the model uncompiled."
+            )
+        labels = kwargs.pop(_LABELS, None)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past_length = cache.get_seq_length() if cache is not None else 0
@@ -550,7 +791,12 @@ class Engine:
         layout = self._layout(given, past_length, visual)
         config = self.parts.text_config
         whole = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
-        step = Step(self, layout, visual, cache, whole)
+        if labels is not None and visual:
+            for technique in self._guards:
+                technique.check_labels(labels, layout)
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        step = Step(self, layout, visual, cache, whole, mask)
         if not step.idle:
             if given.get("output_attentions", getattr(config, "output_attentions", False)):
                 raise UnsupportedModelError(
@@ -558,15 +804,18 @@ class Engine:
                     "weights have different shapes. Detach, or ask without it."
                 )
             if cache is not None:
-                _check_cache_kind(cache)
+                check_cache_kind(cache)
             self._check_checkpointing()
-        return args, {**kwargs, _STEP: step}
+        return args, {**kwargs, STEP: step}
 
     def _layout(self, given: dict[str, Any], past_length: int, visual: bool) -> TokenLayout:
         input_ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         if input_ids is not None or embeds is None or not visual:
             tokens = input_ids if input_ids is not None else embeds[..., 0]
-            return TokenLayout.from_inputs(self.parts.token_ids, tokens, mask, past_length, visual)
+            layout = TokenLayout.from_inputs(self.parts.token_ids, tokens, mask, past_length, visual)
+            if self.chat is None or input_ids is None or tokens.shape[1] == 1:
+                return layout
+            return replace(layout, roles=self.chat.roles(input_ids, layout.valid))
         # embeddings with separate image features: placeholders are told by their embedding, as the model does
         ids = torch.tensor(self.parts.token_ids, device=embeds.device)
         marks = self.parts.base.get_input_embeddings()(ids)  # (ids, D)
@@ -588,7 +837,7 @@ class Engine:
     def _after_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         outputs = list(output if isinstance(output, tuple) else output.values())  # last hidden state first
         cache = next((value for value in outputs if isinstance(value, Cache)), None)
-        kwargs[_STEP].finish(cache, outputs[0].element_size())
+        kwargs[STEP].finish(cache, outputs[0].element_size())
 
 
 class _BeforeLayer:
@@ -596,7 +845,7 @@ class _BeforeLayer:
         self.number = number
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        step: Step | None = kwargs.get(_STEP)
+        step: Step | None = kwargs.get(STEP)
         if step is None or step.idle:
             return None
         kwargs = dict(kwargs)
@@ -608,7 +857,7 @@ class _AfterLayer:
         self.number = number
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        step: Step | None = kwargs.get(_STEP)
+        step: Step | None = kwargs.get(STEP)
         return None if step is None or step.idle else step.leave(self.number, output)
 
 
@@ -617,8 +866,24 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if passive is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != _PASSIVE}
-    kwargs["past_key_values"] = _JoinedCache(kwargs.get("past_key_values"), *passive)
+    kwargs["past_key_values"] = JoinedCache(kwargs.get("past_key_values"), *passive)
     return args, kwargs
+
+
+def _after_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple | None:
+    step: Step | None = kwargs.get(STEP)
+    if step is None or step.idle:
+        return None
+    return step.add_branch(module, output[0], kwargs[_BRANCH]), *output[1:]
+
+
+def _before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    labels = kwargs.get("labels")
+    return None if labels is None else (args, {**kwargs, _LABELS: labels})
+
+
+def _opens(technique: Technique) -> bool:
+    return type(technique).opens is not Technique.opens
 
 
 # --- attaching --------------------------------------------------------------------------------------------------------
@@ -638,6 +903,11 @@ def _check_model(stack: Stack, parts: Parts, spec: ModelSpec) -> None:
             )
     if not active:
         return
+    if hasattr(parts.model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "The model was compiled with torch.compile; techniques choose rows while the model runs, which a compiled "
+            "graph cannot. Attach to the uncompiled model."
+        )
     devices = {str(device) for device in getattr(parts.model, "hf_device_map", {}).values()}
     if len(devices) > 1:
         raise UnsupportedModelError(
@@ -663,22 +933,34 @@ def _check_model(stack: Stack, parts: Parts, spec: ModelSpec) -> None:
 
 
 class Handle:
-    """A stack attached to a model. ``run`` is what it does; :meth:`detach` leaves the model exactly as it was."""
+    """A stack attached to a model. ``run`` is what it does; :meth:`detach` leaves the model exactly as it was.
 
-    def __init__(self, stack: Stack, model: nn.Module) -> None:
+    Learned parts live here, not in the model: :attr:`modules` and :meth:`parameters` are what an optimizer trains.
+    """
+
+    def __init__(self, stack: Stack, model: nn.Module, processor: Any = None, freeze: bool = True) -> None:
         parts = find_parts(model)
         spec = ModelSpec.from_config(parts.text_config)
         stack.check(spec)
-        _check_model(stack, parts, spec)
         for hook in parts.base._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), Engine):
                 raise ConflictError(
                     f"{hook.__self__.stack!r} is attached to this model already. Detach it first, or attach both as "
                     "one Stack."
                 )
+        _check_model(stack, parts, spec)
+        chat = _chat_format(stack, spec, processor)
         self.stack = stack
         self.model = parts.model
-        self._engine = Engine(stack, parts)
+        #: learned parts of each technique, None where it has none
+        self.modules = [_learned_parts(technique, parts, spec) for technique in stack.techniques]
+        by_technique = dict(zip(stack.techniques, self.modules, strict=True))
+        self._engine = Engine(stack, parts, by_technique, chat)
+        self._frozen: list[nn.Parameter] = []
+        if freeze and any(module is not None for module in self.modules):
+            self._frozen = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
         self._hooks = self._engine.install()
 
     @property
@@ -686,20 +968,68 @@ class Handle:
         """Counters and report of this attachment."""
         return self._engine.run
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Learned parameters of all techniques."""
+        for module in self.modules:
+            if module is not None:
+                yield from module.parameters()
+
     def detach(self) -> None:
         """Remove every hook; doing it twice is harmless."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._engine.uninstall()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the stack as a folder that :func:`mllm.saving.load_techniques` reads."""
+        """Write the stack and its learned parts as a folder that :func:`mllm.saving.load_techniques` reads."""
         from mllm.saving import save_techniques
 
-        save_techniques(self.stack, folder, self.model)
+        save_techniques(self.stack, folder, self.model, self.modules)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save and upload the folder to a model hub; ``options`` go to ``huggingface_hub.upload_folder``."""
+        from huggingface_hub import create_repo, upload_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            create_repo(repo_id, exist_ok=True, **{key: options[key] for key in ("token",) if key in options})
+            return str(upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     def __enter__(self) -> Run:
         return self.run
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+
+def _chat_format(stack: Stack, spec: ModelSpec, processor: Any) -> ChatFormat | None:
+    """How the processor's prompts tell questions from answers; None where it is not given and not needed."""
+    needing = [technique for technique in stack.active(spec) if technique.needs_roles]
+    if not needing:
+        return None
+    if processor is None:
+        raise ConfigError(
+            f"{needing[0]!r} must tell questions from answers, which only the processor's chat template says. Attach "
+            "it with the processor: technique(model, processor)."
+        )
+    from mllm.roles import ChatFormat
+
+    return ChatFormat.from_processor(processor)
+
+
+def _learned_parts(technique: Technique, parts: Parts, spec: ModelSpec) -> nn.Module | None:
+    """The technique's live copy of its learned parts, on the model's device and in its number format."""
+    module = technique.build(spec)
+    if module is None:
+        return None
+    learned = getattr(technique, "learned", None)
+    if learned is not None:
+        learned.load_into(module, parts.model)
+    like = next(parts.layers[0].parameters())
+    dtype = like.dtype if like.is_floating_point() else None  # 8-bit and 4-bit weights are no numbers to compute in
+    return module.to(device=like.device, dtype=dtype).train(parts.model.training)

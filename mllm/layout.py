@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mllm.roles import Roles
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,17 @@ class TokenLayout:
         visual: (B, S) bool, tokens that carry image or video features.
         valid: (B, S) bool, tokens that are not padding.
         past_length: tokens already in the key/value cache before this call.
+        roles: who says what, where a technique needs it and the token ids are known.
+        revived: tokens of earlier calls that came back; they are the first ones.
+        revived_images: (B, revived) long, which image each of those belongs to.
     """
 
     visual: Tensor
     valid: Tensor
     past_length: int = 0
+    roles: Roles | None = None
+    revived: int = 0
+    revived_images: Tensor | None = None
 
     @property
     def text(self) -> Tensor:
@@ -30,10 +40,11 @@ class TokenLayout:
     @property
     def image_index(self) -> Tensor:
         """(B, S) long, number of the contiguous visual block within its row, counted from 0; -1 for other tokens."""
-        visual = self.visual.long()
+        visual = self.visual[:, self.revived :].long()
         starts = visual - torch.nn.functional.pad(visual, (1, 0))[:, :-1]  # (B, S)
         index = (starts == 1).long().cumsum(dim=1) - 1  # (B, S)
-        return torch.where(self.visual, index, torch.full_like(index, -1))
+        index = torch.where(visual.bool(), index, torch.full_like(index, -1))
+        return index if self.revived_images is None else torch.cat([self.revived_images, index], dim=1)
 
     @property
     def positions(self) -> Tensor:

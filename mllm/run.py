@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mllm.cost import LayerWork, ModelSpec
+
+if TYPE_CHECKING:
+    from mllm.reuse import ImageCache
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,17 @@ class Run:
     steps: int = 0
     visual_steps: int = 0
     cache_lengths: list[int] = field(default_factory=list)
+    #: what techniques tell about the last call with visual tokens, by their names
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: pictures whose keys and values are kept for the next question, where a technique does so
+    image_cache: ImageCache | None = None
     # of the last call with visual tokens; tensors stay on the device until a report asks for them
     _visual: Tensor | None = None
     _visual_per_layer: list[Tensor] = field(default_factory=list)
 
     def reset(self) -> None:
         """Zero the counters; the attachment stays."""
-        self.__init__(self.spec)
+        self.__init__(self.spec, image_cache=self.image_cache)
 
     def count(self, work: Mapping[LayerWork, int], extra: int, rows: int, queries: int, keys: int) -> None:
         """Book one call: how many layers did which work, FLOPs beside it, and what the plain model would have done."""
@@ -93,12 +100,12 @@ class Run:
         dense = LayerWork(rows * queries, rows * queries * keys)
         self.dense_flops += dense.flops(self.spec) * self.spec.layers
 
-    def count_cache(self, lengths: list[int], rows: int, length: int, bytes_per_value: int) -> None:
-        """Book the cache after one call: keys per layer, and the plain model's length."""
+    def count_cache(self, lengths: list[int], rows: int, length: int, bytes_per_value: int, extra: int = 0) -> None:
+        """Book the cache after one call: keys per layer, the plain model's length, and bytes kept beside them."""
         per_key = 2 * self.spec.kv_width * bytes_per_value * rows
         self.cache_lengths = lengths
-        self.kv_bytes = sum(lengths) * per_key
-        self.dense_kv_bytes = length * len(lengths) * per_key
+        self.kv_bytes = sum(lengths[: self.spec.layers]) * per_key + extra
+        self.dense_kv_bytes = length * len(lengths[: self.spec.layers]) * per_key
 
     def record_visual(self, visual: Tensor, per_layer: list[Tensor]) -> None:
         """Keep the visual counts of one call: (B,) at its start and (B,) entering each layer."""

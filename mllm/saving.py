@@ -2,18 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mllm.errors import LoadError
 from mllm.families import find_parts
-from mllm.technique import Stack, get_technique
+from mllm.technique import Stack, Technique, TrainedTechnique, get_technique
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_NAME = "technique_config.json"
+WEIGHTS_NAME = "technique.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedWeights:
+    """Trained parts of a technique; two are equal if every number is.
+
+    Attributes:
+        tensors: by name, on the CPU.
+        base_model: :func:`fingerprint` of the model they were trained for; empty where that is not known.
+        source: where they came from, for errors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    base_model: Mapping[str, Any]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Hash of names, types, shapes and numbers."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LearnedWeights) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def load_into(self, module: nn.Module, model: nn.Module) -> None:
+        """Fill ``module`` for ``model``.
+
+        Raises:
+            LoadError: they were trained for another model, or names or shapes do not fit.
+        """
+        check_base(self.base_model, model, self.source)
+        wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        if wanted != given:
+            names = sorted(set(wanted) ^ set(given)) or sorted(n for n in wanted if wanted[n] != given[n])
+            raise LoadError(
+                f"{self.source}: the weights do not fit this model and these arguments at {', '.join(names[:3])}"
+                f"{'...' if len(names) > 3 else ''}: given {given.get(names[0], 'nothing')}, needed "
+                f"{wanted.get(names[0], 'nothing')}. Use the model and the arguments that they were trained with."
+            )
+        module.load_state_dict(dict(self.tensors))
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -30,24 +86,79 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save_techniques(stack: Stack, folder: str | Path, model: nn.Module) -> None:
-    """Write ``stack`` with the fingerprint of the model it belongs to."""
+def check_base(saved: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """Raise LoadError where ``model`` is not like the one that ``saved`` was taken from."""
+    found = fingerprint(model)
+    if different := {key: value for key, value in saved.items() if found.get(key) != value}:
+        asked = ", ".join(f"{key} {value}" for key, value in different.items())
+        here = ", ".join(f"{key} {found.get(key)}" for key in different)
+        raise LoadError(
+            f"{source} was saved for another model: it asks for {asked}; this model has {here}. "
+            "Load the model that it was saved from."
+        )
+
+
+_CARD = """---
+library_name: mllm-efficiency
+---
+
+# {names}
+
+Saved by mllm-efficiency {version} for a `{model_type}` model with {layers} layers of width {hidden_size}
+({parameters:,} learned parameters). Papers: {papers}.
+
+```python
+from mllm import load, load_techniques
+
+model, processor = load("...")  # the model it was saved for; another one is refused
+with load_techniques("...")(model, processor) as run:
+    model.generate(**inputs)
+print(run.report())
+```
+
+```json
+{config}
+```
+"""
+
+
+def save_techniques(
+    stack: Stack, folder: str | Path, model: PreTrainedModel, modules: Sequence[nn.Module | None] = ()
+) -> None:
+    """Write ``stack`` with the learned parts in ``modules`` and the fingerprint of the model it belongs to."""
+    from safetensors.torch import save_file
+
     from mllm import __version__
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"mllm_version": __version__, "base_model": fingerprint(model), "techniques": stack.describe()}
-    (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    entries = [
+        {key: value for key, value in entry.items() if key != "weights"} for entry in stack.describe()
+    ]  # they lie beside the config now
+    data = {"mllm_version": __version__, "base_model": fingerprint(model), "techniques": entries}
+    tensors = {
+        f"{number}.{name}": value.detach().to("cpu").contiguous()
+        for number, module in enumerate(modules)
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+    if tensors:
+        save_file(tensors, folder / WEIGHTS_NAME)
+    text = json.dumps(data, indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    card = _CARD.format(
+        names=" + ".join(technique.name for technique in stack.techniques),
+        version=__version__,
+        parameters=sum(value.numel() for value in tensors.values()),
+        papers=", ".join(dict.fromkeys(technique.paper for technique in stack.techniques)),
+        config=text,
+        **data["base_model"],
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_techniques(folder: str | Path, model: nn.Module) -> Stack:
-    """Read a folder that ``Handle.save_pretrained`` wrote, for a model like the one it was saved from.
-
-    Raises:
-        LoadError: no such folder, a broken or pickled file in it, or a model of another shape.
-        ConfigError: it names a technique or an argument that this version does not know.
-    """
-    folder = Path(folder)
+def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
+    """Entries, fingerprint of the base model, and tensors under their full names."""
     path = folder / CONFIG_NAME
     if not path.exists():
         pickled = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLES]
@@ -58,12 +169,63 @@ def load_techniques(folder: str | Path, model: nn.Module) -> Stack:
         entries, saved = data["techniques"], data["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} cannot be read: {error!r}. Save the technique again.") from error
-    found = fingerprint(model)
-    if different := {key: value for key, value in saved.items() if found.get(key) != value}:
-        asked = ", ".join(f"{key} {value}" for key, value in different.items())
-        here = ", ".join(f"{key} {found.get(key)}" for key in different)
-        raise LoadError(
-            f"{folder} was saved for another model: it asks for {asked}; this model has {here}. "
-            "Load the model that it was saved from."
-        )
-    return Stack(*(get_technique(entry.pop("technique"))(**entry) for entry in entries))
+    tensors: dict[str, Tensor] = {}
+    if (folder / WEIGHTS_NAME).exists():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(folder / WEIGHTS_NAME)
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{folder / WEIGHTS_NAME} cannot be read: {error}. Save the technique again.") from error
+    return entries, saved, tensors
+
+
+def _learned(folder: Path, number: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> LearnedWeights:
+    prefix = f"{number}."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not own:
+        raise LoadError(f"{folder} holds no learned weights ({WEIGHTS_NAME}) for its technique. Save it again.")
+    return LearnedWeights(own, saved, str(folder))
+
+
+def read_learned(folder: str | Path, name: str) -> tuple[dict[str, Any], LearnedWeights]:
+    """Arguments and weights of the technique ``name`` in a folder.
+
+    Raises:
+        LoadError: no such folder, a broken or pickled file in it, or no such technique.
+    """
+    folder = Path(folder)
+    entries, saved, tensors = _read_folder(folder)
+    for number, entry in enumerate(entries):
+        if entry.get("technique") == name:
+            arguments = {key: value for key, value in entry.items() if key != "technique"}
+            return arguments, _learned(folder, number, saved, tensors)
+    names = ", ".join(str(entry.get("technique")) for entry in entries) or "nothing"
+    raise LoadError(f"{folder} holds {names}, not {name}.")
+
+
+def load_techniques(folder: str | Path, model: nn.Module | None = None) -> Stack:
+    """Read a folder that ``Handle.save_pretrained`` wrote.
+
+    Args:
+        folder: what was written.
+        model: checked to be like the one it was saved from, where given; learned weights are checked again when they
+            are attached.
+
+    Raises:
+        LoadError: no such folder, a broken or pickled file in it, or a model of another shape.
+        ConfigError: it names a technique or an argument that this version does not know.
+    """
+    folder = Path(folder)
+    entries, saved, tensors = _read_folder(folder)
+    if model is not None:
+        check_base(saved, model, str(folder))
+    techniques: list[Technique] = []
+    for number, entry in enumerate(entries):
+        arguments = {key: value for key, value in entry.items() if key != "technique"}
+        technique = get_technique(entry["technique"])(**arguments)
+        if isinstance(technique, TrainedTechnique):
+            technique = technique.with_learned(_learned(folder, number, saved, tensors))
+        techniques.append(technique)
+    return Stack(*techniques)

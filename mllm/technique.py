@@ -3,9 +3,12 @@
 A technique is a frozen, validated config (a pydantic model) that answers the engine's questions, one per seam:
 
 * :meth:`Technique.visual_policy` (attention policy): what visual rows still do in a layer;
-* :meth:`Technique.keep` (token reducer): which rows enter a layer.
+* :meth:`Technique.opens` (attention policy): which later keys some rows may see;
+* :meth:`Technique.keep` (token reducer): which rows enter a layer;
+* :meth:`Technique.branch` (layer branch): what is added beside a layer's attention.
 
-It holds no state: what happens in a forward lives in the :class:`~mllm.run.Run`.
+A :class:`TrainedTechnique` has learned parts besides. None of them holds state: what happens in a forward lives in the
+engine's step, what happened in the :class:`~mllm.run.Run`, and what a conversation must remember with its cache.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
 from torch import Tensor, nn
 
 from mllm.cost import ModelSpec
@@ -24,7 +29,9 @@ from mllm.layout import TokenLayout
 
 if TYPE_CHECKING:
     from mllm.engine import Handle
+    from mllm.ragged import Stash
     from mllm.run import Run
+    from mllm.saving import LearnedWeights
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,56 @@ class VisualPolicy:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Later keys that some rows may see besides the earlier ones.
+
+    Row q sees key k, wherever it stands, if ``low[q] <= group[k] <= high[q]`` and ``group[k] >= 0``; padding is never
+    seen.
+
+    Attributes:
+        low, high: (B, S) long, per query row; ``low > high`` opens nothing.
+        group: (B, S) long, per key; -1 for keys that are not opened to anybody.
+    """
+
+    low: Tensor
+    high: Tensor
+    group: Tensor
+
+    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(B, A, K) bool for the given tokens, (B, A) and (B, K) long; keys before this call are negative: never."""
+        group = self.group.gather(1, keys.clamp(min=0)).masked_fill(keys < 0, -1)[:, None]  # (B, 1, K)
+        low, high = (bound.gather(1, queries)[:, :, None] for bound in (self.low, self.high))  # (B, A, 1)
+        return (group >= 0) & (low <= group) & (group <= high)
+
+
+@dataclass(frozen=True)
+class Revived:
+    """Rows of an earlier call that enter this one again.
+
+    Attributes:
+        stash: the rows and their states.
+        layer: (B,) long, first layer that they enter, per batch row.
+    """
+
+    stash: Stash
+    layer: Tensor
+
+
+@dataclass(frozen=True)
 class LayerView:
     """What a token reducer sees before a layer of one call.
 
     Attributes:
         layer: 0-based.
         spec: the decoder's shape.
-        layout: the call's tokens.
+        layout: the call's tokens; rows of an earlier call that came back stand before them.
         alive: (B, S) bool, rows that entered the layer before; False for padding.
         states: returns (B, S, D), the residual stream that enters the layer; rows that left are as they were then.
         spend: books FLOPs that the technique itself uses.
+        module: the technique's learned parts, where it has some.
+        store: what the technique keeps for later calls on the same cache; empty at first.
+        output: what the technique tells the :class:`~mllm.run.Run` about this call, by name.
+        stash: keeps the rows where a (B, S) mask is True, as they enter this layer, for a later call.
     """
 
     layer: int
@@ -59,6 +106,46 @@ class LayerView:
     alive: Tensor
     states: Callable[[], Tensor]
     spend: Callable[[int], None]
+    module: nn.Module | None
+    store: dict[str, Any]
+    output: dict[str, Any]
+    stash: Callable[[Tensor], Stash]
+
+
+@dataclass(frozen=True)
+class BranchView:
+    """What a layer branch sees beside one layer's attention; all rows of the call run it.
+
+    Attributes:
+        layer: 0-based.
+        spec: the decoder's shape.
+        layout: the call's tokens.
+        states: (B, S, D) residual stream after the layer's attention.
+        embeddings: (B, S, D) what entered layer 0.
+        rotary: (B or 1, S, head_dim) cosines and sines of the rows.
+        rotate: the model's rotary embedding: ``queries, keys = rotate(queries, keys, cos, sin)``.
+        mixed: (B, S, c) attention-weighted sums, over keys and heads, of the technique's :meth:`Technique.channels`.
+        module: the technique's learned parts.
+        store: what the technique keeps for later calls on the same cache.
+        scratch: what the technique keeps within this call, for all of its layers.
+        spend: books FLOPs that the technique itself uses.
+        extend: ``keys, values = extend(name, keys, values)``: adds to the branch's own cache of this layer, under a
+            name, and returns all that it holds, (B, heads, N, head_dim) each; what was given where nothing is cached.
+    """
+
+    layer: int
+    spec: ModelSpec
+    layout: TokenLayout
+    states: Tensor
+    embeddings: Tensor
+    rotary: tuple[Tensor, Tensor]
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    mixed: Tensor | None
+    module: nn.Module
+    store: dict[str, Any]
+    scratch: dict[str, Any]
+    spend: Callable[[int], None]
+    extend: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _parse_layers(value: Any) -> Any:
@@ -113,6 +200,10 @@ class Technique(BaseModel):
     trained: ClassVar[bool] = False
     #: attention backends it is exact and tested on
     backends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+    #: whether it changes prompts without pictures too
+    acts_on_text: ClassVar[bool] = False
+    #: whether it must be told questions from answers, for which it is attached with the processor
+    needs_roles: ClassVar[bool] = False
 
     def __init__(self, **arguments: Any) -> None:
         try:
@@ -143,29 +234,114 @@ class Technique(BaseModel):
         """
         return None
 
+    def opens(self, layout: TokenLayout) -> tuple[Opened, ...]:
+        """Which later keys rows of a call with visual input may see, in every layer."""
+        return ()
+
+    def check_labels(self, labels: Tensor, layout: TokenLayout) -> None:
+        """Raise where training on these labels, (B, S) with -100 for none, would let answers leak."""
+
+    def branch_layers(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Layers that have a branch."""
+        return ()
+
+    def channels(self, layer: int, positions: Tensor, module: nn.Module) -> Tensor | None:
+        """(B, K, c) numbers per key of the layer's own attention, at ``positions`` (B, K); mixed as values are."""
+        return None
+
+    def branch(self, view: BranchView) -> Tensor:
+        """(B, S, D) what is added to the residual stream after the attention of a layer in :meth:`branch_layers`."""
+        raise NotImplementedError(f"{self.name} has no layer branch.")
+
+    def revive(self, layout: TokenLayout, store: dict[str, Any]) -> Revived | None:
+        """Rows of earlier calls that enter a later one again, asked once at its start."""
+        return None
+
+    def excludes(self, other: Technique) -> str | None:
+        """Why this technique cannot run together with ``other``; None where it can."""
+        return None
+
     def last_visual_layer(self, spec: ModelSpec) -> int:
         """Last layer that sees visual rows, where that is known before running; the model's last layer otherwise."""
         return spec.layers - 1
 
-    def parameter_count(self) -> int:
-        """Learned parameters that the technique adds."""
+    def build(self, spec: ModelSpec) -> nn.Module | None:
+        """Freshly initialised learned parts for a model of this shape; None where nothing is learned."""
+        return None
+
+    def extra_flops(self, spec: ModelSpec, text_tokens: int, visual_tokens: int) -> int:
+        """FLOPs per prompt that the technique itself uses in a prefill."""
         return 0
 
     # --- using it --------------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Attach to a stock model until :meth:`~mllm.engine.Handle.detach`."""
-        return Stack(self).attach(model)
+    def attach(self, model: nn.Module, processor: Any = None, freeze: bool = True) -> Handle:
+        """Attach to a stock model until :meth:`~mllm.engine.Handle.detach`; see :meth:`Stack.attach`."""
+        return Stack(self).attach(model, processor, freeze)
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[Run]:
+    def __call__(self, model: nn.Module, processor: Any = None) -> Iterator[Run]:
         """Attach for the length of a ``with`` block; leaving it detaches exactly, also after an exception."""
-        with Stack(self)(model) as run:
+        with Stack(self)(model, processor) as run:
             yield run
 
     def describe(self) -> dict[str, Any]:
         """Name and arguments as plain data, as they stand in YAML."""
         return {"technique": self.name, **self.model_dump(mode="json")}
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: the description, and a hash of learned weights instead of their folder."""
+        return self.describe()
+
+
+class TrainedTechnique(Technique):
+    """Base class of techniques with learned parts.
+
+    Args:
+        weights: folder with trained weights, as ``Handle.save_pretrained`` writes it; its arguments hold where none
+            are given here. None: freshly initialised parts, to be trained.
+    """
+
+    trained: ClassVar[bool] = True
+
+    weights: str | None = None
+
+    _learned: LearnedWeights | None = PrivateAttr(default=None)
+
+    def __init__(self, **arguments: Any) -> None:
+        learned = None
+        if arguments.get("weights") is not None:
+            from mllm.saving import read_learned
+
+            saved, learned = read_learned(arguments["weights"], type(self).name)
+            arguments = {**saved, **arguments, "weights": str(arguments["weights"])}
+        super().__init__(**arguments)
+        self._learned = learned
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **arguments: Any) -> TrainedTechnique:
+        """The technique that was saved in ``folder``, with ``arguments`` instead of the saved ones.
+
+        Raises:
+            LoadError: no such folder, a broken or pickled file, or another technique in it. Whether it was trained for
+                the model at hand is checked when it is attached.
+        """
+        return cls(**{**arguments, "weights": str(folder)})
+
+    @property
+    def learned(self) -> LearnedWeights | None:
+        """The trained weights and what they were trained for; None: to be trained."""
+        return self._learned
+
+    def with_learned(self, learned: LearnedWeights) -> TrainedTechnique:
+        """The same technique with these weights."""
+        copy = self.model_copy()
+        copy._learned = learned
+        return copy
+
+    def identity(self) -> dict[str, Any]:
+        weights = None if self._learned is None else self._learned.digest
+        return {**self.describe(), "weights": weights}
 
 
 REGISTRY: dict[str, type[Technique]] = {}
@@ -226,6 +402,10 @@ class Stack:
         for technique in self.techniques:
             technique.check(spec)
         active = self.active(spec)
+        for first in active:
+            for second in active:
+                if first is not second and (reason := first.excludes(second)) is not None:
+                    raise ConflictError(f"{first!r} and {second!r} cannot run together: {reason}")
         exits = [t for t in active if t.last_visual_layer(spec) < spec.layers - 1]
         if len(exits) > 1:
             raise ConflictError(
@@ -253,30 +433,65 @@ class Stack:
         policies = (technique.visual_policy(layer, spec) for technique in self.techniques)
         return next((policy for policy in policies if policy is not None), None)
 
+    def opens(self, layout: TokenLayout) -> tuple[Opened, ...]:
+        """Which later keys rows of a call with visual input may see, in every layer."""
+        return ()
+
+    def check_labels(self, labels: Tensor, layout: TokenLayout) -> None:
+        """Raise where training on these labels, (B, S) with -100 for none, would let answers leak."""
+
+    def branch_layers(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Layers that have a branch."""
+        return ()
+
+    def channels(self, layer: int, positions: Tensor, module: nn.Module) -> Tensor | None:
+        """(B, K, c) numbers per key of the layer's own attention, at ``positions`` (B, K); mixed as values are."""
+        return None
+
+    def branch(self, view: BranchView) -> Tensor:
+        """(B, S, D) what is added to the residual stream after the attention of a layer in :meth:`branch_layers`."""
+        raise NotImplementedError(f"{self.name} has no layer branch.")
+
+    def revive(self, layout: TokenLayout, store: dict[str, Any]) -> Revived | None:
+        """Rows of earlier calls that enter a later one again, asked once at its start."""
+        return None
+
+    def excludes(self, other: Technique) -> str | None:
+        """Why this technique cannot run together with ``other``; None where it can."""
+        return None
+
     def last_visual_layer(self, spec: ModelSpec) -> int:
         """Last layer that sees visual rows under all techniques together."""
         return min((t.last_visual_layer(spec) for t in self.techniques), default=spec.layers - 1)
 
-    def parameter_count(self) -> int:
-        """Learned parameters of all techniques."""
-        return sum(technique.parameter_count() for technique in self.techniques)
+    def parameter_count(self, spec: ModelSpec) -> int:
+        """Learned parameters of all techniques on a model of this shape."""
+        with torch.device("meta"):
+            modules = [technique.build(spec) for technique in self.techniques]
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
-    def attach(self, model: nn.Module) -> Handle:
+    def attach(self, model: nn.Module, processor: Any = None, freeze: bool = True) -> Handle:
         """Attach to a stock model until :meth:`~mllm.engine.Handle.detach`.
+
+        Args:
+            model: from :func:`mllm.load`, or any stock model of a supported family.
+            processor: its processor, for techniques that must tell questions from answers.
+            freeze: while techniques with learned parts are attached, the model's own parameters get no gradients.
 
         Raises:
             UnsupportedModelError: the model, its layers or its attention backend cannot be served exactly.
-            ConfigError: an argument does not fit the model.
+            ConfigError: an argument does not fit the model, or the processor is missing.
             ConflictError: techniques exclude each other, or something is attached to the model already.
+            LoadError: learned weights belong to another model.
         """
         from mllm.engine import Handle
 
-        return Handle(self, model)
+        return Handle(self, model, processor, freeze)
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[Run]:
+    def __call__(self, model: nn.Module, processor: Any = None) -> Iterator[Run]:
         """Attach for the length of a ``with`` block; leaving it detaches exactly, also after an exception."""
-        handle = self.attach(model)
+        handle = self.attach(model, processor)
         try:
             yield handle.run
         finally:

@@ -20,8 +20,10 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm import Stack, Technique, load_techniques
+from mllm.cost import ModelSpec
 from mllm.errors import DidNotFireError, LoadError, UnsupportedModelError
-from mllm.technique import load_all
+from mllm.saving import LearnedWeights, fingerprint
+from mllm.technique import TrainedTechnique, load_all
 from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
 
 LAYERS = 6
@@ -31,11 +33,53 @@ MULTIMODAL = ("one", "batch", "two_images", "same_length_ragged")
 
 @dataclass(frozen=True)
 class Case:
-    """A technique at a setting that changes the tiny models, and what the reference is told for it."""
+    """A technique at a setting that changes the tiny models, and what the reference is told for it.
+
+    Attributes:
+        stack: the setting; learned parts are filled with random numbers that show (see :func:`with_random_weights`).
+        neutral: a setting that changes nothing; None where only fresh learned parts are neutral.
+        reference: options of :func:`reference.reference_logits`, or a function of model and stack that makes them.
+        saves: whether fewer FLOPs are spent than without.
+    """
 
     stack: Stack
-    neutral: Stack
-    reference: dict[str, Any] = field(default_factory=dict)
+    neutral: Stack | None = None
+    reference: dict[str, Any] | Callable[[Any, Stack], dict[str, Any]] = field(default_factory=dict)
+    saves: bool = True
+
+    def on(self, model) -> Stack:
+        """The stack with learned parts for this model."""
+        return with_random_weights(self.stack, model)
+
+    def options(self, model) -> dict[str, Any]:
+        """What the naive reference must do on this model."""
+        return self.reference(model, self.on(model)) if callable(self.reference) else self.reference
+
+    def attach(self, model, **options: Any):
+        return self.on(model).attach(model, processor_of(model), **options)
+
+    def __call__(self, model):
+        return self.on(model)(model, processor_of(model))
+
+
+def processor_of(model):
+    return tiny_processor(model.config.model_type)
+
+
+def with_random_weights(stack: Stack, model, seed: int = 0, scale: float = 0.3) -> Stack:
+    """The stack with learned parts that are not neutral, the same for the same model shape."""
+    spec = ModelSpec.from_config(model.config.get_text_config(decoder=True))
+    generator = torch.Generator().manual_seed(seed)
+    techniques = []
+    for technique in stack.techniques:
+        if isinstance(technique, TrainedTechnique):
+            tensors = {
+                name: torch.randn(value.shape, generator=generator) * scale
+                for name, value in technique.build(spec).state_dict().items()
+            }
+            technique = technique.with_learned(LearnedWeights(tensors, fingerprint(model), "random"))
+        techniques.append(technique)
+    return Stack(*techniques)
 
 
 CASES: dict[str, Case] = {
@@ -98,9 +142,12 @@ def test_neutral_and_text_only_are_bitwise_identical(case, family, attn):
     model, inputs = prepared(family, attn, "batch")
     text = tiny_inputs(model, tiny_processor(family), "text")
     plain, plain_text = logits(model, inputs), logits(model, text)
-    with case.neutral(model):
+    neutral = case.stack if case.neutral is None else case.neutral  # fresh learned parts
+    with neutral(model, processor_of(model)):
         assert torch.equal(logits(model, inputs), plain)
-    with case.stack(model):
+    if any(technique.acts_on_text for technique in case.stack.techniques):
+        return
+    with case(model):
         assert torch.equal(logits(model, text), plain_text)
 
 
@@ -113,7 +160,7 @@ def test_neutral_and_text_only_are_bitwise_identical(case, family, attn):
 def test_it_fired_in_forward_and_generate(case, family, attn):
     model, inputs = prepared(family, attn, "one")
     plain = logits(model, inputs)
-    with case.stack(model) as run:
+    with case(model) as run:
         changed = logits(model, inputs)
         after_forward = run.report()
         model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -121,7 +168,7 @@ def test_it_fired_in_forward_and_generate(case, family, attn):
     assert not torch.allclose(changed, plain, atol=1e-3), "the reference inputs do not show that anything happened"
     assert after_forward.steps == 1
     assert after_generate.steps == 3  # one prefill, one decoded token fed back
-    assert after_forward.flops < after_forward.dense_flops
+    assert (after_forward.flops < after_forward.dense_flops) == case.saves
     assert after_forward.visual_tokens == visual_mask(model, inputs).sum(dim=1).tolist()
 
 
@@ -152,8 +199,8 @@ def test_a_technique_that_did_nothing_raises(family):
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_physical_equals_the_naive_reference(case, family, attn, kind):
     model, inputs = prepared(family, attn, kind)
-    expected = reference_logits(model, inputs, **case.reference)
-    with case.stack(model):
+    expected = reference_logits(model, inputs, **case.options(model))
+    with case(model):
         found = logits(model, inputs)
     valid, text = inputs["attention_mask"].bool(), text_rows(model, inputs)
     for number, reference in enumerate(expected):
@@ -170,7 +217,7 @@ def test_physical_equals_the_naive_reference(case, family, attn, kind):
 def test_cached_equals_cache_free(case, family, attn, kind):
     model, inputs = prepared(family, attn, kind)
     steps, length = 4, inputs["input_ids"].shape[1]
-    with case.stack(model) as run:
+    with case(model) as run:
         cached = model.generate(
             **inputs,
             max_new_tokens=steps,
@@ -207,7 +254,7 @@ def extend(inputs, tokens: torch.Tensor) -> dict[str, Any]:
 def test_a_batch_equals_its_rows(case, family, attn, kind):
     model, inputs = prepared(family, attn, kind)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    with case.stack(model):
+    with case(model):
         together = logits(model, inputs)
         answers = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         for number in range(together.shape[0]):
@@ -227,7 +274,7 @@ def test_backends_agree(case, family):
     results = []
     for attn in BACKENDS:
         model, inputs = prepared(family, attn, "batch")
-        with case.stack(model):
+        with case(model):
             results.append(logits(model, inputs)[text_rows(model, inputs)])
     close(*results)
 
@@ -238,7 +285,7 @@ def test_an_undeclared_backend_raises(case, family):
     model = tiny_model(family, "sdpa", fresh=True)
     model.model.language_model.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedModelError, match=r"flex_attention.*eager, sdpa"):
-        case.stack.attach(model)
+        case.attach(model)
 
 
 # 7. Detach is exact ---------------------------------------------------------------------------------------------------
@@ -279,7 +326,7 @@ def test_detach_is_exact(case, family, attn):
     model, inputs = prepared(family, attn, "one")
     plain = logits(model, inputs)  # also lets the model install its own recording hooks first
     before = snapshot(model)
-    handle = case.stack.attach(model)
+    handle = case.attach(model)
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     handle.detach()
     handle.detach()  # harmless
@@ -297,7 +344,7 @@ def test_detach_is_exact_after_an_exception(case, family):
     def fail(module, args):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), case.stack(model):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), case(model):  # noqa: PT012
         hook = layer.mlp.register_forward_pre_hook(fail)
         try:
             logits(model, inputs)
@@ -358,12 +405,12 @@ def test_other_models_are_untouched(case, family):
     other = tiny_model(family, "sdpa", seed=1)
     plain, other_plain = logits(model, inputs), logits(other, inputs)
     before = snapshot(other)
-    with case.stack(model):
+    with case(model):
         alone = logits(model, inputs)
         assert_untouched(other, before, lambda: logits(other, inputs), other_plain)
-    with case.stack(other):
+    with case(other):
         other_alone = logits(other, inputs)
-    with case.stack(model) as run, case.stack(other) as other_run:
+    with case(model) as run, case(other) as other_run:
         assert torch.equal(logits(model, inputs), alone)
         assert torch.equal(logits(other, inputs), other_alone)
         assert (run.steps, other_run.steps) == (1, 1)
@@ -377,13 +424,13 @@ def test_other_models_are_untouched(case, family):
 @every_family
 def test_save_and_load(case, family, tmp_path):
     model, inputs = prepared(family, "sdpa", "one")
-    handle = case.stack.attach(model)
+    handle = case.attach(model)
     expected = logits(model, inputs)
     handle.save_pretrained(tmp_path / "technique")
     handle.detach()
     loaded = load_techniques(tmp_path / "technique", model)
-    assert loaded == case.stack
-    with loaded(model):
+    assert loaded == case.on(model)
+    with loaded(model, processor_of(model)):
         assert torch.equal(logits(model, inputs), expected)
     with pytest.raises(LoadError, match=r"asks for layers 6; this model has layers 5.*Load the model"):
         load_techniques(tmp_path / "technique", tiny_model(family, "sdpa", layers=LAYERS - 1))
@@ -417,7 +464,7 @@ def test_gradients(case, family, attn):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
-        with case.stack(model):
+        with case(model):
             loss = model(**inputs, labels=labels, use_cache=False).loss
             loss.backward()
         model.gradient_checkpointing_disable()
@@ -432,7 +479,7 @@ def test_gradients(case, family, attn):
 
     model.eval()
     model.zero_grad()
-    reference = reference_loss(model, inputs, labels, case.reference)
+    reference = reference_loss(model, inputs, labels, case.options(model))
     reference.backward()
     close(loss, reference.detach())
     for name, parameter in chosen.items():
@@ -474,7 +521,7 @@ def test_cost_equals_what_is_counted(case, family, attn, kind):
         logits(model, inputs)
     assert run.flops == run.dense_flops
     assert run.flops == pytest.approx(counted, rel=0.01)
-    with case.stack(model) as run:
+    with case(model) as run:
         counted = counted_flops(model, lambda: logits(model, inputs))
         assert run.flops == pytest.approx(counted, rel=0.01)
         run.reset()
@@ -508,7 +555,7 @@ def test_no_text_position_sees_later_answer_tokens(case, family, attn):
     length = inputs["input_ids"].shape[1]
     batch = inputs["input_ids"].shape[0]
     answers = [torch.full((batch, 3), token) for token in (7, 8)]
-    with case.stack(model):
+    with case(model):
         first, second = (logits(model, extend(inputs, answer)) for answer in answers)
     text = text_rows(model, inputs)
     assert torch.equal(first[:, :length][text], second[:, :length][text])

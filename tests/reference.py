@@ -7,8 +7,9 @@ and gradients flow through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ class Prompt:
         embeds: (S, D) text embeddings and image features.
         positions: (A, S) rotary positions; A is 3 (time, height, width) for M-RoPE and 1 otherwise.
         visual: (S,) bool.
+        ids: (S,) token ids; -1 for appended tokens.
     """
 
     embeds: Tensor
     positions: Tensor
     visual: Tensor
+    ids: Tensor
 
     def append(self, embed: Tensor) -> Prompt:
         """With one more text token, (D,), at the position after the largest so far."""
@@ -49,7 +52,24 @@ class Prompt:
             torch.cat([self.embeds, embed[None]]),
             torch.cat([self.positions, following], dim=1),
             torch.cat([self.visual, self.visual.new_zeros(1)]),
+            torch.cat([self.ids, self.ids.new_full((1,), -1)]),
         )
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a technique does to one row, as plain functions.
+
+    Attributes:
+        opened: (S, S) bool, keys that a query sees besides the earlier ones, in every layer.
+        keep: ``keep(layer, states (S, D), alive (S,))`` -> (S,) bool, rows that enter ``layer``.
+        branch: ``branch(layer, states (S, D) after the attention, weights (S, S) summed over heads, cos, sin)`` ->
+            (S, D) that is added there; all rows are alive.
+    """
+
+    opened: Tensor | None = None
+    keep: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    branch: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ def _prompt(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Prompt:
         positions = positions[:, 0]  # (3, S)
     else:
         positions = torch.arange(length).expand(3, length)  # (3, S)
-    return Prompt(embeds, positions, visual)
+    return Prompt(embeds, positions, visual, inputs["input_ids"][0])
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
@@ -128,19 +148,26 @@ def _rotary(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     return cos[0], sin[0]
 
 
-def _attention(attention: nn.Module, config: Any, normed: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor) -> Tensor:
-    """(S, D) attention output, one head after the other; ``allowed`` (S, S) is True where a query sees a key."""
+def _attention(
+    attention: nn.Module, config: Any, normed: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(S, D) attention output and (S, S) weights summed over heads, one head after the other.
+
+    ``allowed`` (S, S) is True where a query sees a key.
+    """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     queries = _linear(attention.q_proj, normed).chunk(heads, dim=-1)  # heads x (S, head_dim)
     keys = _linear(attention.k_proj, normed).chunk(kv_heads, dim=-1)  # kv_heads x (S, head_dim)
     values = _linear(attention.v_proj, normed).chunk(kv_heads, dim=-1)
-    outputs = []
+    outputs, total = [], 0
     for head, query in enumerate(queries):
         shared = head // (heads // kv_heads)
         query, key = _rotate(query, cos, sin), _rotate(keys[shared], cos, sin)
         scores = query @ key.T / query.shape[-1] ** 0.5  # (S, S)
-        outputs.append(scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1) @ values[shared])
-    return _linear(attention.o_proj, torch.cat(outputs, dim=-1))
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)  # (S, S)
+        outputs.append(weights @ values[shared])
+        total = total + weights
+    return _linear(attention.o_proj, torch.cat(outputs, dim=-1)), total
 
 
 def _mlp(mlp: nn.Module, states: Tensor) -> Tensor:
@@ -149,7 +176,15 @@ def _mlp(mlp: nn.Module, states: Tensor) -> Tensor:
 
 
 def _layer(
-    layer: nn.Module, config: Any, states: Tensor, visual: Tensor, cos: Tensor, sin: Tensor, policy: str | None
+    layer: nn.Module,
+    config: Any,
+    states: Tensor,
+    visual: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    policy: str | None,
+    opened: Tensor | None = None,
+    branch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(S, D) after one decoder layer.
 
@@ -165,12 +200,16 @@ def _layer(
     """
     length = states.shape[0]
     allowed = torch.ones(length, length, dtype=torch.bool).tril()  # (S, S)
+    if opened is not None:
+        allowed = allowed | opened
     if policy == "ee":
         allowed = torch.where(visual[:, None], torch.eye(length, dtype=torch.bool), allowed)
     skip_attention = visual if policy in ("naavit", "freeze") else torch.zeros_like(visual)
     skip_ffn = visual if policy == "freeze" else torch.zeros_like(visual)
-    added = _attention(layer.self_attn, config, _rms_norm(layer.input_layernorm, states), cos, sin, allowed)
+    added, weights = _attention(layer.self_attn, config, _rms_norm(layer.input_layernorm, states), cos, sin, allowed)
     states = states + added.masked_fill(skip_attention[:, None], 0.0)
+    if branch is not None:
+        states = states + branch(states, weights, cos, sin)
     added = _mlp(layer.mlp, _rms_norm(layer.post_attention_layernorm, states))
     return states + added.masked_fill(skip_ffn[:, None], 0.0)
 
@@ -181,6 +220,7 @@ def decode(
     policy: str | None = None,
     policy_layers: Iterable[int] | None = None,
     exit_after: int | None = None,
+    extras: Extras | None = None,
 ) -> Result:
     """Run the decoder on one row; arguments as in :func:`reference_logits`."""
     text_model, config = model.model.language_model, model.config.get_text_config()
@@ -197,9 +237,13 @@ def decode(
     alive = torch.ones_like(prompt.visual)  # (S,)
     whole = prompt.embeds  # (S, D)
     states = [whole]
+    extras = extras or Extras()
     for index, layer in enumerate(text_model.layers):
         if exit_after is not None and index > exit_after:
             alive = ~prompt.visual
+        if extras.keep is not None:
+            alive = alive & extras.keep(index, whole, alive)
+        opened = None if extras.opened is None else extras.opened[alive][:, alive]
         # text keeps its original positions: the tables are cut, not counted again
         after = _layer(
             layer,
@@ -209,6 +253,8 @@ def decode(
             cos[alive],
             sin[alive],
             policy if index in chosen else None,
+            opened,
+            None if extras.branch is None else partial(extras.branch, index),
         )
         whole = whole.index_put((alive,), after)
         states.append(whole)
@@ -221,6 +267,7 @@ def reference_states(
     policy: str | None = None,
     policy_layers: Iterable[int] | None = None,
     exit_after: int | Sequence[int | None] | None = None,
+    extras: Callable[[Prompt], Extras] | None = None,
 ) -> list[Result]:
     """As :func:`reference_logits`, with the residual stream after each layer."""
     rows = prompts(model, inputs)
@@ -228,7 +275,10 @@ def reference_states(
     if len(exits) != len(rows):
         raise ValueError(f"exit_after has {len(exits)} entries for {len(rows)} rows")
     layers = None if policy_layers is None else tuple(policy_layers)
-    return [decode(model, prompt, policy, layers, after) for prompt, after in zip(rows, exits, strict=True)]
+    return [
+        decode(model, prompt, policy, layers, after, None if extras is None else extras(prompt))
+        for prompt, after in zip(rows, exits, strict=True)
+    ]
 
 
 def reference_logits(
@@ -237,6 +287,7 @@ def reference_logits(
     policy: str | None = None,
     policy_layers: Iterable[int] | None = None,
     exit_after: int | Sequence[int | None] | None = None,
+    extras: Callable[[Prompt], Extras] | None = None,
 ) -> list[Tensor]:
     """The logits of every row over its real tokens, one (S_i, V) tensor a row.
 
@@ -247,8 +298,9 @@ def reference_logits(
         policy_layers: where they do it; None: in all layers.
         exit_after: last layer that visual tokens are present in, one for all rows or one a row; -1 is before layer 0,
             None never.
+        extras: what else a technique does to a row.
     """
-    results = reference_states(model, inputs, policy, policy_layers, exit_after)
+    results = reference_states(model, inputs, policy, policy_layers, exit_after, extras)
     return [result.logits for result in results]
 
 

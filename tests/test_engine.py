@@ -14,8 +14,8 @@ from tiny import FAMILIES, tiny_image, tiny_inputs, tiny_model, tiny_processor, 
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from mllm import Stack, TokenLayout
-from mllm.engine import Rows, _key_order
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
+from mllm.rows import Rows, key_order
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +65,7 @@ def test_joined_keys_stand_in_sequence_order(wanted, random):
     visual = torch.tensor([[random.random() < 0.5 for _ in row] for row in wanted])
     sets = [alive, alive & ~visual, alive & visual]
     rows, active, passive = (Rows.select(mask, mask.sum(dim=1).tolist()) for mask in sets)
-    order = _key_order(rows, active, passive, alive.shape[1])
+    order = key_order(rows, active, passive, alive.shape[1])
     joined = torch.cat([passive.index, active.index], dim=1).gather(1, order)
     valid = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
     assert torch.equal(joined[valid], rows.index[valid])

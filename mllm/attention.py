@@ -1,0 +1,109 @@
+"""Attention under our own names: exact lowerings of a technique's rule onto the stock attention of a backend.
+
+While a technique that needs it is attached, the decoder's attention backend is called ``mllm_sdpa`` instead of ``sdpa``
+(``mllm_eager`` instead of ``eager``). Both hand every call to the :class:`~mllm.engine.Step` it belongs to, which runs
+the stock function: as it is, or once per :class:`Segment` where that spares scores and mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+STEP = "mllm_step"  # keyword that carries the step down to the layers and their attention
+NAMES = {"sdpa": "mllm_sdpa", "eager": "mllm_eager"}
+_CHUNK = 512  # rows for which a mask is made at a time: memory grows with the length, not with its square
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring rows that see the same earlier keys, so that they need no mask of their own.
+
+    Attributes:
+        rows: first and last (exclusive) of the rows that run.
+        keys: the same for the keys they see, in the order they are put; at the end the rows themselves.
+        causal: the rows see each other causally; otherwise all of these keys.
+    """
+
+    rows: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+    causal: bool = True
+
+    @property
+    def scores(self) -> int:
+        return (self.rows[1] - self.rows[0]) * sum(stop - start for start, stop in self.keys)
+
+
+def _function(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        step = kwargs.pop(STEP, None)
+        # every model has its own eager attention, beside its attention class
+        stock = (
+            sys.modules[type(module).__module__].eager_attention_forward
+            if backend == "eager"
+            else ALL_ATTENTION_FUNCTIONS[backend]
+        )
+        if step is None or step.idle:
+            return stock(module, query, key, value, attention_mask, **kwargs)
+        return step.attend(stock, module, query, key, value, attention_mask, kwargs)
+
+    return attention
+
+
+for _backend, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(NAMES[_backend], _function(_backend))
+    AttentionMaskInterface.register(NAMES[_backend], _mask)
+
+
+def attend_segments(
+    stock: Callable[..., tuple[Tensor, Tensor | None]],
+    segments: tuple[Segment, ...],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, A, heads, head_dim): the stock attention, segment by segment."""
+    outputs = []
+    for segment in segments:
+        keys, values = _pick(key, segment.keys), _pick(value, segment.keys)  # (B, kv_heads, k, head_dim)
+        start, stop = segment.rows
+        before = keys.shape[2] - (stop - start)  # keys ahead of the rows' own
+        if not segment.causal or stop - start == 1:
+            outputs.append(
+                stock(module, query[:, :, start:stop], keys, values, None, **{**kwargs, "is_causal": False})[0]
+            )
+            continue
+        if before == 0 and stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:  # a square block: no mask means causal
+            outputs.append(stock(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
+            continue
+        for low in range(0, stop - start, _CHUNK):
+            high = min(low + _CHUNK, stop - start)
+            mask = torch.ones(high - low, before + high, dtype=torch.bool, device=query.device).tril(before + low)
+            if stock is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
+                mask = additive(mask, query.dtype)
+            rows = query[:, :, start + low : start + high]
+            end = before + high
+            outputs.append(stock(module, rows, keys[:, :, :end], values[:, :, :end], mask[None, None], **kwargs)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _pick(states: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    parts = [states[:, :, start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what eager attention adds to the scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,118 @@
+"""The ragged key/value cache: whose keys its layers hold, and what later calls must know.
+
+A layer holds keys for the rows that were alive in it. Which rows those are travels with the cache object, so that
+``generate``, a second turn, or another thread finds it there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from mllm.errors import UnsupportedModelError
+from mllm.rows import Rows
+
+CACHE_STATE = "mllm_state"  # attribute of a cache object
+
+
+@dataclass(frozen=True, eq=False)
+class CacheState:
+    """Which tokens the keys of a ragged cache belong to.
+
+    Attributes:
+        length: tokens seen when this was written; keys that came later are held by every layer.
+        rows: per layer, the tokens whose keys it holds, as columns of the whole sequence.
+        store: what techniques keep for later calls on this cache, each under its own name.
+        branches: layers of the cache object beyond the model's, in which layer branches keep keys and values.
+    """
+
+    length: int
+    rows: tuple[Rows, ...]
+    store: dict[str, dict[str, Any]] = field(default_factory=dict)
+    branches: tuple[tuple[int, str], ...] = ()
+
+    def past(self, layer: int, length: int) -> Rows:
+        """The keys that ``layer`` holds now that ``length`` tokens have been seen."""
+        rows, tail = self.rows[layer], length - self.length
+        if rows.index is None or tail == 0:
+            return Rows(None, None, length) if rows.index is None else rows
+        batch = rows.index.shape[0]
+        new = torch.arange(self.length, length, device=rows.index.device).expand(batch, -1)  # (B, tail)
+        valid = None if rows.valid is None else torch.nn.functional.pad(rows.valid, (0, tail), value=True)
+        return Rows(torch.cat((rows.index, new), dim=1), valid, rows.length + tail)
+
+    def cropped(self, length: int) -> CacheState | None:
+        """The state once the last tokens are cut off again; None where dropped rows are among them."""
+        cut, rows = self.length - length, {}
+        for old in self.rows:
+            if old.index is None:
+                rows[old] = Rows(None, None, length)
+                continue
+            tail = torch.arange(length, self.length, device=old.index.device)
+            whole = old.valid is None or bool(old.valid[:, -cut:].all())
+            if cut >= old.length or not whole or not bool((old.index[:, -cut:] == tail).all()):
+                return None
+            valid = None if old.valid is None else old.valid[:, :-cut]
+            rows[old] = Rows(old.index[:, :-cut], valid, old.length - cut)
+        return CacheState(length, tuple(rows[old] for old in self.rows), self.store, self.branches)
+
+
+class JoinedCache:
+    """Stands in for the cache inside one attention call: passive keys and values join the active ones."""
+
+    def __init__(self, cache: Cache | None, keys: Tensor, values: Tensor, order: Tensor) -> None:
+        self.cache, self.keys, self.values, self.order = cache, keys, values, order
+
+    def _join(self, passive: Tensor, active: Tensor) -> Tensor:
+        joined = torch.cat((passive, active), dim=2)  # (B, kv_heads, P + A, head_dim)
+        index = self.order[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
+        return joined.gather(2, index)  # (B, kv_heads, alive, head_dim)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._join(self.keys, keys), self._join(self.values, values)
+        if self.cache is None:
+            return keys, values
+        return self.cache.update(keys, values, *args, **kwargs)
+
+
+def check_cache_kind(cache: Cache) -> None:
+    """Refuse caches whose layers cannot hold different rows."""
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedModelError(
+                f"The key/value cache has a {type(layer).__name__}; techniques that drop or freeze rows need "
+                "transformers' DynamicCache with plain layers. Leave cache_implementation unset."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Stash:
+    """States of rows that have left, kept so that a later call can let them in again.
+
+    Attributes:
+        columns: (B, R) long, columns of the whole sequence.
+        valid: (B, R) bool, False for fillers.
+        states: (B, R, D) residual stream as it was when they left.
+        cos, sin: (B, R, head_dim) their rotary tables.
+        image: (B, R) long, which image of its row each belongs to.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    states: Tensor
+    cos: Tensor
+    sin: Tensor
+    image: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in (self.states, self.cos, self.sin))
+
+
+def lengths(cache: Cache) -> list[int]:
+    """Keys per layer of the cache object."""
+    return [layer.get_seq_length() for layer in cache.layers]
