@@ -33,6 +33,12 @@ class Roles:
     assistant_header: Tensor
     answer: Tensor
 
+    def padded(self, count: int) -> Roles:
+        """With ``count`` tokens in front that play no part and belong to no turn."""
+        turn = torch.nn.functional.pad(self.turn, (count, 0), value=-1)  # (B, count + S)
+        masks = (self.system, self.user_header, self.question, self.assistant_header, self.answer)
+        return Roles(turn, *(torch.nn.functional.pad(mask, (count, 0), value=False) for mask in masks))
+
 
 @dataclass(frozen=True)
 class ChatFormat:
