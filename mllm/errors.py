@@ -37,3 +37,7 @@ class InputError(MllmError, ValueError):
 
 class EvalError(MllmError, RuntimeError):
     """The evaluation or its result folder cannot be used."""
+
+
+class TrainingError(MllmError, RuntimeError):
+    """A training run cannot go on."""
