@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mllm.errors import MllmError
+from mllm.errors import ConfigError, MllmError
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +37,7 @@ def list_techniques(as_json: Json = False) -> None:
             "paper": cls.paper,
             "folder": cls.__module__.split(".")[1],
             "trained": cls.trained,
+            "training": f"mllm train {cls.name.lower()}" if getattr(cls, "training", None) else None,
             "backends": list(cls.backends),
             "arguments": {
                 name: {"type": _type_name(field.annotation), "default": None if field.is_required() else field.default}
@@ -52,7 +54,8 @@ def list_techniques(as_json: Json = False) -> None:
             name if info["default"] is None else f"{name}={info['default']!r}"
             for name, info in row["arguments"].items()
         )
-        typer.echo(f"{row['name'] + '(' + arguments + ')':30} {row['folder']:15} {row['paper']}")
+        call = f"{row['name']}({arguments})"
+        typer.echo(f"{call:30} {row['folder']:15} {row['paper']} {row['training'] or ''}".rstrip())
 
 
 def _type_name(annotation: object) -> str:
@@ -187,6 +190,71 @@ def measure_command(
     inputs = chat_inputs(processor, [prompt] * batch_size, [[picture]] * batch_size).to(loaded.device, loaded.dtype)
     results = measure(loaded, inputs, stacks, max_new_tokens=max_new_tokens, repeats=repeats)
     typer.echo(json.dumps(results.to_dicts(), indent=2) if as_json else results.table())
+
+
+@app.command("train")
+def train_command(
+    name: Annotated[str, typer.Argument(help="A trainable technique, such as dyvte; `mllm list` shows them.")],
+    model: Annotated[str | None, typer.Option(help="'default', a folder or a hub name.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="LLaVA-style .json or .jsonl file, or scenes, reading, documents, text; several with commas."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; one that was stopped goes on.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the same settings; these options win.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Chats in a micro-batch of one process.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, weights and random numbers.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that pictures of a data file are relative to.")] = None,
+    argument: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the technique; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of its recipe; repeatable.")] = None,
+    smoke: Annotated[bool, typer.Option(help="A few steps only, to see that everything runs.")] = False,
+    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+) -> None:
+    """Train what a technique learns, and save it as a folder that load_techniques reads.
+
+    Example: mllm train dyvte --data scenes --steps 200 --out runs/dyvte
+    """
+    from mllm.training import read_settings, train_technique
+
+    given = read_settings(config) if config else {}
+    settings = {"steps": steps, "batch_size": batch_size, "accumulation": accumulation, "lr": lr, "seed": seed}
+    folder = train_technique(
+        name,
+        model=model or given.get("model", "default"),
+        data=data or given.get("data", "scenes"),
+        out=out,
+        training=given.get("training", {}) | {key: value for key, value in settings.items() if value is not None},
+        arguments=given.get("arguments", {}) | _pairs(argument, "--argument"),
+        options=given.get("options", {}) | _pairs(option, "--option"),
+        images=str(images) if images else given.get("images"),
+        smoke=smoke,
+        attn=attn,
+        dtype=dtype,
+        device=device,
+    )
+    if int(os.environ.get("RANK", 0)) == 0:  # the first of several processes
+        typer.echo(folder)
+
+
+def _pairs(texts: list[str] | None, flag: str) -> dict[str, object]:
+    """KEY=VALUE texts as a mapping; values are JSON where they can be, else texts."""
+    pairs: dict[str, object] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{flag} {text!r} must have the form KEY=VALUE, such as layers=0:8.")
+        try:
+            pairs[key] = json.loads(value)
+        except ValueError:
+            pairs[key] = value
+    return pairs
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """One training loop for all techniques: one process, several on a CPU, or several GPUs.
 
 A technique is trained by naming a function in its class, ``training: ClassVar[str] = "module:function"``; ``mllm train
-NAME`` imports it only then and calls
+NAME`` (:func:`train_technique`) imports it only then and calls
 
 .. code-block:: python
 
@@ -26,6 +26,7 @@ last checkpoint and ends with the same weights, bit for bit on a CPU, as one tha
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -33,13 +34,14 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,10 +50,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mllm.chats import IGNORED, Chat, Chats
+from mllm.chats import IGNORED, Chats, open_chats
 from mllm.errors import ConfigError, LoadError, TrainingError
 from mllm.families import find_parts
-from mllm.technique import explain
+from mllm.technique import Technique, explain, load_all
 
 RUN_NAME, LOG_NAME, CURVE_NAME, CHECKPOINTS = "training.json", "log.jsonl", "loss.png", "checkpoints"
 _BUCKET = 1 << 25  # gradient values that travel in one message
@@ -118,20 +120,24 @@ class Options:
     """What a technique's recipe is told.
 
     Attributes:
-        technique: the technique's arguments, for its constructor.
+        arguments: the technique's arguments, for its constructor.
         own: the recipe's own options.
         smoke: whether to do as little as possible, to see that everything runs.
-        seed: of everything random that the recipe does.
-        data: what to learn from, for recipes that need it when they are made; the loop draws its batches itself.
-        heldout: chats that training never sees, for calibration.
+        seed: of everything random that the recipe does; torch is seeded with it already.
+        data: what to learn from, as :func:`mllm.chats.open_chats` takes it.
+        images: folder that the pictures of files are relative to.
     """
 
-    technique: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     smoke: bool = False
     seed: int = 0
-    data: Chats | None = None
-    heldout: Chats | None = None
+    data: str = "scenes"
+    images: str | None = None
+
+    def chats(self, split: str | None = None) -> Chats:
+        """The data, or one side of it; a recipe that uses ``"test"`` sets ``Recipe.split`` to ``"train"``."""
+        return open_chats(self.data, self.seed, split, self.images)
 
     def read(self, schema: type[Schema]) -> Schema:
         """The recipe's own options, checked by a pydantic model.
@@ -159,6 +165,10 @@ class Recipe(ABC):
 
     #: the model that is trained or trained around; its number format decides about mixed precision
     model: nn.Module
+    #: settings of training where the user gives none, such as ``{"lr": 1e-3}``
+    defaults: ClassVar[dict[str, Any]] = {}
+    #: side of the data to train on: None: all of it; ``"train"`` leaves out what ``Options.chats("test")`` gives
+    split: str | None = None
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -209,6 +219,125 @@ def answer_loss(model: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, float]
     logits = parts.model.lm_head(hidden[learned]).float()  # (answer tokens, V)
     loss = nn.functional.cross_entropy(logits, labels[learned])
     return loss, {"weight": float(logits.shape[0])}
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+_SECTIONS = {"model": str, "data": str, "images": str, "arguments": dict, "options": dict, "training": dict}
+_SMOKE = {"steps": 3, "batch_size": 1, "accumulation": 1}
+
+
+def trainable() -> dict[str, type[Technique]]:
+    """The techniques that name a recipe, by their names in lower case."""
+    return {cls.name.lower(): cls for cls in load_all().values() if getattr(cls, "training", None)}
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file for ``mllm train``: model, data, images, and the mappings arguments, options, training.
+
+    Raises:
+        ConfigError: it cannot be read, or a key or its type is wrong.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"{path}: a training config is a mapping with the keys {', '.join(_SECTIONS)}, not {given!r}."
+        )
+    for key, value in given.items():
+        if key not in _SECTIONS:
+            raise ConfigError(f"{path}: unknown key {key!r} = {value!r}. Allowed keys: {', '.join(_SECTIONS)}.")
+        if not isinstance(value, _SECTIONS[key]):
+            kind = "a mapping" if _SECTIONS[key] is dict else "a text"
+            raise ConfigError(f"{path}: {key} = {value!r} must be {kind}.")
+    return given
+
+
+def train_technique(
+    name: str,
+    model: str = "default",
+    data: str = "scenes",
+    out: str | Path | None = None,
+    training: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    images: str | None = None,
+    smoke: bool = False,
+    attn: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Path:
+    """Train a technique by its name, as ``mllm train`` does.
+
+    Args:
+        name: of the technique, in any case.
+        model: a model folder, a hub name, or ``"default"``.
+        data: see :func:`mllm.chats.open_chats`.
+        out: folder of the run; ``runs/train-NAME`` without. A run that is in it goes on.
+        training: settings of :class:`TrainingConfig`, in place of the recipe's own defaults.
+        arguments: of the technique.
+        options: of its recipe.
+        images: folder that the pictures of data files are relative to.
+        smoke: do a few steps only, to see that everything runs.
+        attn, dtype, device: see :func:`mllm.load`.
+
+    Returns:
+        The folder, with the trained technique in it.
+
+    Raises:
+        ConfigError: an unknown technique, argument, option or setting, or one without a recipe.
+    """
+    from mllm.loading import load
+
+    known = trainable()
+    cls = known.get(name.lower())
+    if cls is None:
+        raise ConfigError(
+            f"There is nothing to train under the name {name!r}. Trainable: {', '.join(sorted(known)) or 'none'}."
+        )
+    arguments, options = arguments or {}, options or {}
+    if unknown := sorted(set(arguments) - set(cls.model_fields)):
+        raise ConfigError(
+            f"Unknown argument {unknown[0]}={arguments[unknown[0]]!r} of {cls.name}. Its arguments: "
+            f"{', '.join(cls.model_fields) or 'none'}."
+        )
+    given = dict(training or {})
+    seed = TrainingConfig(**given).seed  # all are checked before the model is loaded
+    told = Options(arguments, options, smoke, seed, data, images)
+    chats = told.chats()
+    make = _recipe_function(cls)
+    if device in ("auto", "cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = str(PartialState(cpu=not torch.cuda.is_available()).device)  # each process has its own
+    loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
+    torch.manual_seed(seed)
+    recipe = make(loaded, processor, told)
+    config = TrainingConfig(**{**recipe.defaults, **(_SMOKE if smoke else {}), **given})
+    settings = {
+        "technique": cls.name,
+        "model": str(model),
+        "data": str(data),
+        "images": images,
+        "arguments": arguments,
+        "options": options,
+        "smoke": smoke,
+        "attn": attn,
+        "dtype": dtype,
+    }
+    chats = chats if recipe.split is None else told.chats(recipe.split)
+    return train(recipe, chats, out or Path("runs") / f"train-{name.lower()}", config, settings)
+
+
+def _recipe_function(cls: type[Technique]) -> Callable[[nn.Module, Any, Options], Recipe]:
+    """Import what a technique's ``training`` names, only now: it may need packages that the technique does not."""
+    module, _, function = cls.training.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Training {cls.name} needs the package {error.name}. Install it: pip install 'mllm-efficiency[train]'."
+        ) from error
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -310,7 +439,7 @@ def _check(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.dtype:
     return dtype
 
 
-def _loss(recipe: Recipe, batch: list[Chat], step: int) -> tuple[Tensor, dict[str, float]]:
+def _loss(recipe: Recipe, batch: list[Any], step: int) -> tuple[Tensor, dict[str, float]]:
     result = recipe.loss(batch, step)
     loss, numbers = result if isinstance(result, tuple) else (result, {})
     if loss.ndim or not loss.requires_grad:

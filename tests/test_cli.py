@@ -13,7 +13,7 @@ from tiny import save_tiny, tiny_image
 from mllm import cli
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["list", "cost", "measure", "fetch-default", "eval", "report"]
+COMMANDS = ["list", "cost", "measure", "fetch-default", "eval", "report", "train"]
 
 
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
@@ -83,6 +83,9 @@ def test_measure(monkeypatch, capsys, tmp_path):
         (["cost", "--arch", "llava-1.5-7b", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["cost", "--arch", "llava-1.5-7b", "--text-tokens", "0"], "text_tokens=0"),
         (["report", "nowhere"], "nowhere"),
+        (["train", "nothing"], "There is nothing to train under the name 'nothing'. Trainable: "),
+        (["train", "dyvte", "--option", "stage"], "--option 'stage' must have the form KEY=VALUE"),
+        (["train", "dyvte", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["measure", "nowhere.yaml", "--image", "x.png"], "nowhere.yaml cannot be read"),
         (["eval", "--tasks", "mllm_vqa", "--out", "runs/x", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],

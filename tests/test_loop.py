@@ -124,6 +124,41 @@ def test_bfloat16_models_train_in_mixed_precision(tmp_path):
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
 
 
+class LoRA(Recipe):
+    """Fine-tuning of the decoder with a technique on, as the docs of the loop describe it."""
+
+    def __init__(self, family):
+        from peft import LoraConfig, get_peft_model
+
+        self.processor = tiny_processor(family)
+        base = tiny_model(family, layers=2, fresh=True)
+        pattern = r".*language_model.*\.[qv]_proj"
+        self.model = get_peft_model(base, LoraConfig(r=2, target_modules=pattern, lora_dropout=0.5)).train()
+        self.handle = NAAViT().attach(self.model)
+        self.format = ChatFormat.from_processor(self.processor)
+
+    def parameter_groups(self):
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+
+    def loss(self, batch, step):
+        return answer_loss(self.model, collate(self.processor, self.format, batch))
+
+    def save(self, folder):
+        self.model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_with_a_technique_on(tmp_path, family):
+    made = LoRA(family)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    torch.manual_seed(0)
+    train(made, SCENES, tmp_path, config(steps=2))
+    changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert made.handle.run.flops < made.handle.run.dense_flops
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 class Noisy(Projector):
     """Random numbers in the loss, as dropout has."""
 

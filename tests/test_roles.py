@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, IMAGE_ID, tiny_image, tiny_processor, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedTokenizerFast
 
 from mllm.compose import CHAT_TEMPLATE
@@ -282,6 +283,17 @@ def test_padding_that_looks_like_a_header_is_none():
     found = chat_format.roles(ids, valid)
     assert found.turn.max() == -1
     assert torch.equal(found.system, valid)
+
+
+def test_nothing_waits_for_the_device():
+    """Tensors without values have nothing to wait for: reading one back on the host would raise."""
+    _, chat_format = prepared("qwen", "chatml")
+    with FakeTensorMode():
+        ids = torch.zeros(2, 40, dtype=torch.long)
+        found = chat_format.roles(ids, ids == 0)
+        assert found.answer.shape == (2, 40)
+        with pytest.raises(DataDependentOutputException):
+            bool(found.answer.any())
 
 
 def test_a_sequence_shorter_than_any_header():
