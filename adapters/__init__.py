@@ -1,1 +1,5 @@
-"""Techniques that change what attention sees, or add small trained parts (none yet)."""
+"""Techniques that change what attention sees, or add small trained parts."""
+
+from mllm.adapters.mma import ModalityMutualAttention
+
+__all__ = ["ModalityMutualAttention"]

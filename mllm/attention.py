@@ -37,10 +37,6 @@ class Segment:
     keys: tuple[tuple[int, int], ...]
     causal: bool = True
 
-    @property
-    def scores(self) -> int:
-        return (self.rows[1] - self.rows[0]) * sum(stop - start for start, stop in self.keys)
-
 
 def _function(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(

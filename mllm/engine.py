@@ -235,10 +235,8 @@ class Step:
             kwargs["position_ids"] = None  # read by attention only to find packed sequences, which gaps look like
         if self.engine.branches[number]:
             kwargs[_BRANCH] = {"residual": hidden}
-        if segments is None:
-            scores = split.active.length * (past.length + split.alive.length)
-        else:
-            scores = sum(segment.scores for segment in segments)
+        # booked as the plain model is: every query with every key of the layer, whatever a kernel spares
+        scores = split.active.length * (past.length + split.alive.length)
         self.work[
             LayerWork(
                 self.batch * split.active.length,

@@ -202,6 +202,8 @@ class Technique(BaseModel):
     backends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
     #: whether it changes prompts without pictures too
     acts_on_text: ClassVar[bool] = False
+    #: ``"module:function"`` that makes its training recipe, see :mod:`mllm.training`; None: nothing to train
+    training: ClassVar[str | None] = None
     #: whether it must be told questions from answers, for which it is attached with the processor
     needs_roles: ClassVar[bool] = False
 
@@ -216,6 +218,11 @@ class Technique(BaseModel):
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError where the arguments do not fit a model of this shape."""
+
+    @property
+    def by_input(self) -> bool:
+        """Whether which rows stay depends on what the rows hold, not on the arguments alone."""
+        return False
 
     def is_neutral(self, spec: ModelSpec) -> bool:
         """Whether these arguments leave a model of this shape exactly as it is."""

@@ -331,10 +331,16 @@ _PROMPTS = {
         "#\nWhat is this? ASSISTANT:",
         "USER: name a colour ASSISTANT:",
     ],
-    "two_images": ["USER: is # like the other # or not? A:", "USER: see # what is it? A:"],
-    "same_length_ragged": ["USER: see # what is it? A:", "# USER: what is it? see A:", "USER: what is it? see # A:"],
+    "two_images": ["USER: is # like the other # or not? ASSISTANT:", "USER: see # what is it? ASSISTANT:"],
+    "same_length_ragged": [
+        "USER: see # what is it? ASSISTANT:",
+        "# USER: what is it? see ASSISTANT:",
+        "USER: what is it? see # ASSISTANT:",
+    ],
     "image_only_start": ["# what is it? ASSISTANT:"],
 }
+# how the families with a ChatML template write the headers
+_CHATML_HEADERS = {"USER: ": "<|im_start|>user\n", " ASSISTANT:": "<|im_end|>\n<|im_start|>assistant\n"}
 # (width, height), taken in turn: a landscape, a portrait and a square image
 _SIZES = [(40, 24), (24, 40), (32, 32)]
 
@@ -366,6 +372,9 @@ def tiny_inputs(model: PreTrainedModel, processor: ProcessorMixin, kind: str, se
     if model.config.model_type == "qwen2_5_vl" and kind != "image_only_start":
         image = f"<|vision_start|>{image}<|vision_end|>"
     prompts = _PROMPTS[kind]
+    if model.config.model_type in ("llava_onevision", "qwen2_5_vl"):
+        for header, chatml in _CHATML_HEADERS.items():
+            prompts = [prompt.replace(header, chatml) for prompt in prompts]
     ragged = kind != "same_length_ragged"
     images, number = [], 0
     for prompt in prompts:
