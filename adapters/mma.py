@@ -47,7 +47,7 @@ class ModalityMutualAttention(Technique):
     name: ClassVar[str] = "MMA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02597"
     needs_roles: ClassVar[bool] = True
-    training: ClassVar[str | None] = "mllm.adapters.mma_training:recipe"
+    training: ClassVar[str | None] = "mllm.finetuning:recipe"
 
     turns: Literal["own", "first", "all_previous"] = "own"
     include_assistant_header: bool = True

@@ -13,6 +13,7 @@ from mllm.errors import ConfigError, LoadError, UnsupportedModelError
 from mllm.families import FAMILIES, find_parts
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+_ADAPTER = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +53,8 @@ def load(
 
     Args:
         name_or_path: a model folder, a hub name, or ``"default"``: the model that comes with this package, prepared
-            on first use (``mllm fetch-default`` does it beforehand).
+            on first use (``mllm fetch-default`` does it beforehand). A folder with a LoRA adapter, as fine-tuning
+            writes it, loads the model that the adapter names and merges the adapter into it.
         attn: attention backend, ``"sdpa"`` (the default) or ``"eager"``; the techniques of this version are exact on
             these two and refuse others.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware has it,
@@ -80,6 +82,8 @@ def load(
     weights_dtype = pick_dtype(dtype, target)
     towers.register()
     source = str(name_or_path)
+    if (Path(source) / _ADAPTER).exists():
+        return _load_adapted(Path(source), attn, dtype, device, kwargs)
     if source == "default":
         from mllm.default_model import fetch_default
 
@@ -120,6 +124,27 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(target).eval(), processor
+
+
+def _load_adapted(
+    folder: Path, attn: str | None, dtype: str, device: str, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """The base model of a peft adapter with the adapter merged in: a plain model again."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise LoadError(f"{folder} is a LoRA adapter: it needs peft. pip install 'mllm-efficiency[train]'.") from error
+    if not (folder / "adapter_model.safetensors").exists():
+        raise LoadError(f"{folder} has {_ADAPTER} but no adapter_model.safetensors. Save the adapter again.")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base or Path(base) == folder:
+        raise LoadError(f"{folder / _ADAPTER} does not name the model that it belongs to (base_model_name_or_path).")
+    model, processor = load(base, attn, dtype, device, **kwargs)
+    try:
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise LoadError(f"The adapter in {folder} does not fit {base}: {error}") from error
+    return merged.eval(), processor
 
 
 def _check_folder(folder: Path) -> None:

@@ -120,20 +120,24 @@ class Options:
     """What a technique's recipe is told.
 
     Attributes:
+        technique: the class that is trained.
         arguments: the technique's arguments, for its constructor.
         own: the recipe's own options.
         smoke: whether to do as little as possible, to see that everything runs.
         seed: of everything random that the recipe does; torch is seeded with it already.
         data: what to learn from, as :func:`mllm.chats.open_chats` takes it.
         images: folder that the pictures of files are relative to.
+        model: the name under which the model was loaded.
     """
 
+    technique: type[Technique] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     smoke: bool = False
     seed: int = 0
     data: str = "scenes"
     images: str | None = None
+    model: str = "default"
 
     def chats(self, split: str | None = None) -> Chats:
         """The data, or one side of it; a recipe that uses ``"test"`` sets ``Recipe.split`` to ``"train"``."""
@@ -305,7 +309,7 @@ def train_technique(
         )
     given = dict(training or {})
     seed = TrainingConfig(**given).seed  # all are checked before the model is loaded
-    told = Options(arguments, options, smoke, seed, data, images)
+    told = Options(cls, arguments, options, smoke, seed, data, images, str(model))
     chats = told.chats()
     make = _recipe_function(cls)
     if device in ("auto", "cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:

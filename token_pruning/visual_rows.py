@@ -43,6 +43,7 @@ class _VisualRows(Technique):
     """
 
     policy: ClassVar[VisualPolicy]
+    training: ClassVar[str | None] = "mllm.finetuning:recipe"
 
     layers: Layers = "all"
 
@@ -94,7 +95,6 @@ class NAAViT(_ReusableRows):
     name: ClassVar[str] = "NAAViT"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.02458"
     policy: ClassVar[VisualPolicy] = VisualPolicy(own_value=False, ffn=True)
-    training: ClassVar[str | None] = "mllm.token_pruning.visual_rows_training:recipe"
 
 
 @register

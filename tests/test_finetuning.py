@@ -1,0 +1,93 @@
+"""Fine-tuning with an attention policy on, and its result as a plain model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_inputs
+
+from mllm import load, load_techniques
+from mllm.errors import ConfigError, LoadError
+from mllm.training import read_log, train_technique
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny("llava", tmp_path_factory.mktemp("model") / "tiny", layers=4)
+
+
+def train(name, folder, out, **settings):
+    training = {"steps": 6, "batch_size": 2, "accumulation": 1, "lr": 5e-3, **settings.pop("training", {})}
+    return train_technique(name, str(folder), "scenes", out, training, dtype="float32", device="cpu", **settings)
+
+
+@pytest.mark.parametrize("name", ["naavit", "mma", "eemllm", "freezevisual"])
+def test_lora_learns_and_the_folder_is_a_plain_model(name, folder, tmp_path):
+    out = train(name, folder, tmp_path / "run", training={"steps": 12})
+    losses = [row["loss"] for row in read_log(out / "log.jsonl")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert (out / "loss.png").stat().st_size > 1000
+    base, _ = load(folder, dtype="float32", device="cpu")
+    model, processor = load(out, dtype="float32", device="cpu")
+    assert type(model) is type(base)
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))]
+    assert changed
+    assert all(".language_model.layers." in n and "_proj" in n for n in changed)
+    inputs = tiny_inputs(model, processor, "one")
+    with load_techniques(out, model)(model, processor) as run, torch.no_grad():
+        model(**inputs)
+    assert run.visual_steps == 1
+
+
+def test_the_control_trains_alike_without_the_technique(folder, tmp_path):
+    out = train("naavit", folder, tmp_path / "control", options={"attach": False}, training={"steps": 2})
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "technique_config.json").exists()
+
+
+def test_full_fine_tuning_saves_a_whole_model(folder, tmp_path):
+    out = train("naavit", folder, tmp_path / "full", options={"method": "full"}, training={"steps": 2, "lr": 1e-3})
+    base, _ = load(folder, dtype="float32", device="cpu")
+    model, _ = load(out, dtype="float32", device="cpu")
+    changed = {n.split(".layers.")[0] for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision" in name for name in changed)
+
+
+def test_arguments_reach_the_technique_and_checkpointing_changes_nothing(folder, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        runs.append(
+            train(
+                "naavit",
+                folder,
+                tmp_path / str(checkpointing),
+                arguments={"layers": "1:3"},
+                options={"gradient_checkpointing": checkpointing},
+                training={"steps": 2},
+            )
+        )
+    entries = json.loads((runs[0] / "technique_config.json").read_text())["techniques"]
+    assert entries[0]["layers"] == [1, 2]
+    one, two = (load(run, dtype="float32", device="cpu")[0].state_dict() for run in runs)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_wrong_options_are_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match="rank=0"):
+        train("naavit", folder, tmp_path / "x", options={"rank": 0})
+    with pytest.raises(ConfigError, match=r"Unknown option ranks=4.*method, rank"):
+        train("naavit", folder, tmp_path / "x", options={"ranks": 4})
+
+
+def test_a_broken_adapter_is_refused(folder, tmp_path):
+    out = train("naavit", folder, tmp_path / "run", training={"steps": 1})
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(LoadError, match="does not name the model"):
+        load(out)
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"no adapter_model\.safetensors"):
+        load(out)
