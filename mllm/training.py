@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mllm.chats import IGNORED, Chats, open_chats
+from mllm.engine import _LABELS, Engine
 from mllm.errors import ConfigError, LoadError, TrainingError
 from mllm.families import find_parts
 from mllm.technique import Technique, explain, load_all
@@ -178,7 +179,9 @@ class Recipe(ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters for AdamW: ``params``, and where they differ ``lr`` (the peak) or ``weight_decay``.
 
-        Keep trainable parameters in float32 beside a bfloat16 model; the loss runs under autocast then.
+        Keep trainable parameters in float32 beside a bfloat16 model; the loss runs under autocast then. A technique's
+        learned parts are attached in the model's format: ``module.float()`` for each of ``handle.modules``, then
+        ``list(handle.parameters())``.
         """
 
     @abstractmethod
@@ -209,7 +212,8 @@ class Recipe(ABC):
 def answer_loss(model: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy of the answer tokens, with their number as the weight; what most recipes return.
 
-    Vocabulary scores are computed for the labelled tokens alone, which saves most of their memory.
+    Vocabulary scores are computed for the labelled tokens alone, which saves most of their memory. Techniques check the
+    labels as they do when the model computes its own loss.
 
     Args:
         model: a stock model, with or without techniques, or in a peft wrapper.
@@ -218,6 +222,8 @@ def answer_loss(model: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, float]
     parts = find_parts(model)
     labels = inputs["labels"][:, 1:]  # (B, S - 1) what each token should say next
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
+    if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in parts.base._forward_pre_hooks.values()):
+        arguments[_LABELS] = inputs["labels"]
     hidden = parts.base(**arguments, use_cache=False).last_hidden_state[:, :-1]  # (B, S - 1, D)
     learned = labels != IGNORED
     logits = parts.model.lm_head(hidden[learned]).float()  # (answer tokens, V)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -81,6 +82,22 @@ def test_answer_loss_is_the_model_s_own(family, technique):
         if handle:
             handle.detach()
     assert numbers["weight"] == (inputs["labels"] != -100).sum()
+
+
+class Guarded(NAAViT):
+    name: ClassVar[str] = "Guarded"
+
+    def check_labels(self, labels, layout):
+        assert labels.shape == layout.visual.shape
+        raise ConfigError("these labels would leak")
+
+
+def test_answer_loss_lets_techniques_check_the_labels():
+    model, processor = tiny_model("llava"), tiny_processor("llava")
+    inputs = collate(processor, ChatFormat.from_processor(processor), [SCENES[0]])
+    with Guarded()(model), pytest.raises(ConfigError, match="would leak"):
+        answer_loss(model, inputs)
+    answer_loss(model, inputs)
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
