@@ -66,6 +66,9 @@ class ModalityMutualAttention(Technique):
             )
         return tuple(opened)
 
+    def excludes(self, other: Technique) -> str | None:
+        return "both open questions to images. Keep one." if isinstance(other, ModalityMutualAttention) else None
+
     def _question(self, layout: TokenLayout) -> Opened:
         """What the images of each turn see of the questions."""
         roles, visual = layout.roles, layout.visual
@@ -82,19 +85,23 @@ class ModalityMutualAttention(Technique):
         low, high = turn, turn
         if self.turns == "first":
             first = ends.argmax(dim=1, keepdim=True).expand_as(turn)  # (B, S)
-            low, high = first, first
+            low, high, group = first, first, group.masked_fill(turn != first, -1)
         elif self.turns == "all_previous":
             high = torch.full_like(turn, turn.shape[1])
         nothing = torch.full_like(turn, -2)
         return Opened(torch.where(visual, low, 0), torch.where(visual, high, nothing), group)
 
-    @staticmethod
-    def _followed(opened: Opened, layout: TokenLayout) -> Tensor:
-        """(B, S) bool, keys that some image before them sees."""
-        numbers = torch.arange(layout.visual.shape[1], device=layout.visual.device)
-        index = numbers.expand_as(layout.visual)
-        later = numbers[:, None] < numbers  # (S, S), key after query
-        return (opened.allowed(index, index) & later).any(dim=1)
+    def _followed(self, question: Opened, layout: TokenLayout) -> Tensor:
+        """(B, S) bool, opened keys that stand behind an image that sees them."""
+        columns = torch.arange(layout.visual.shape[1], device=layout.visual.device).expand_as(layout.visual)
+        images = columns.masked_fill(~layout.visual, layout.visual.shape[1])  # (B, S)
+        if self.turns == "own":
+            none = torch.full_like(images, layout.visual.shape[1])
+            first = none.scatter_reduce(1, question.low, images, "amin")  # (B, S) per turn; text counts as none
+            first = first.gather(1, question.group.clamp(min=0))
+        else:
+            first = images.min(dim=1, keepdim=True).values  # (B, 1)
+        return (question.group >= 0) & (first < columns)
 
     def check_labels(self, labels: Tensor, layout: TokenLayout) -> None:
         inside = self._followed(self._question(layout), layout) & (labels != -100)  # (B, S)

@@ -219,7 +219,8 @@ class Step:
         computed = 0
         if split.passive is not None:
             tables = self._take("rotary", split.passive, rotary)
-            if number == 0 and self.engine.run.image_cache is not None:
+            # kept keys carry no gradient
+            if number == 0 and self.engine.run.image_cache is not None and not torch.is_grad_enabled():
                 image = split.passive.take(self.layout.image_index, self.batch)  # (B, P)
                 self.reuse = Reuse(self.engine.run.image_cache, split.passive, self._passive, tables, image)
             keys_values = self._serve(number, layer, policy, tables)
