@@ -17,8 +17,8 @@ The cache keeps all visual keys: decoding stays as it is.
 
 With the rule on from layer 0 on, keys and values of an image are a function of the image and its positions. ``NAAViT``
 and ``EEMLLM`` with ``image_cache=n`` keep those of the last n images: the next question about one of them computes its
-text rows alone (the vision tower still runs; with gradients enabled nothing is kept). ``run.image_cache`` tells hits and bytes; ``run.image_cache.clear()``
-forgets all images.
+text rows alone (the vision tower still runs; with gradients enabled nothing is kept). ``run.image_cache`` tells hits
+and bytes; ``run.image_cache.clear()`` forgets all images.
 """
 
 from __future__ import annotations
