@@ -32,10 +32,10 @@ def test_list(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "list", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0
-    assert set(rows) == {"DyVTE", "EEMLLM", "FreezeVisual", "NAAViT"}
+    assert set(rows) >= {"DyVTE", "EEMLLM", "FreezeVisual", "MMA", "NAAViT"}
     for row in rows.values():
         assert row["paper"].startswith("https://arxiv.org/abs/")
-        assert row["folder"] == "token_pruning"
+        assert row["folder"] in ("token_pruning", "adapters")
         assert row["trained"] is False
         assert row["backends"] == ["eager", "sdpa"]
     assert rows["NAAViT"]["arguments"]["layers"]["default"] == "all"
