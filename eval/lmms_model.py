@@ -134,7 +134,7 @@ class MllmLmms(lmms):
         """Answer chat requests; batches hold requests of equal settings and similar length."""
         answered: dict[int, Record] = {}
         bar = tqdm(total=len(requests), desc="answers", disable=self.rank != 0, file=sys.stderr, leave=False)
-        with self.stack(self.model) as run:
+        with self.stack(self.model, self.processor) as run:
             for numbers in self._batches(requests):
                 batch = []
                 for number in numbers:  # pictures are opened batch by batch: all of them need not fit into memory

@@ -188,7 +188,7 @@ def measure_command(
     picture = open_image(image)
     loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
     inputs = chat_inputs(processor, [prompt] * batch_size, [[picture]] * batch_size).to(loaded.device, loaded.dtype)
-    results = measure(loaded, inputs, stacks, max_new_tokens=max_new_tokens, repeats=repeats)
+    results = measure(loaded, inputs, stacks, max_new_tokens=max_new_tokens, repeats=repeats, processor=processor)
     typer.echo(json.dumps(results.to_dicts(), indent=2) if as_json else results.table())
 
 

@@ -774,11 +774,6 @@ class Engine:
             self.parts.text.config._attn_implementation = self.backend
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if torch.compiler.is_compiling():
-            raise UnsupportedModelError(
-                "The model is being compiled: techniques choose rows while the model runs, which a compiled graph "
-                "cannot. Detach before torch.compile, or leave the model uncompiled."
-            )
         labels = kwargs.pop(_LABELS, None)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
@@ -902,10 +897,11 @@ def _check_model(stack: Stack, parts: Parts, spec: ModelSpec) -> None:
             )
     if not active:
         return
-    if hasattr(parts.model, "_orig_mod"):
+    compiled = [module for module in (parts.model, parts.base, parts.text, *parts.layers) if _is_compiled(module)]
+    if compiled:
         raise UnsupportedModelError(
-            "The model was compiled with torch.compile; techniques choose rows while the model runs, which a compiled "
-            "graph cannot. Attach to the uncompiled model."
+            f"{type(compiled[0]).__name__} is compiled (torch.compile); techniques choose rows while the model runs, "
+            "which a compiled graph cannot. Attach to the uncompiled model."
         )
     devices = {str(device) for device in getattr(parts.model, "hf_device_map", {}).values()}
     if len(devices) > 1:
@@ -929,6 +925,10 @@ def _check_model(stack: Stack, parts: Parts, spec: ModelSpec) -> None:
                     f"{', '.join(sorted(_ATTENTION_PARTS))}; visual rows cannot be served exactly in it. "
                     "DyVTE does not need that."
                 )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class Handle:

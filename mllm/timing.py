@@ -146,6 +146,7 @@ def measure(
     max_new_tokens: int = 16,
     repeats: int = 5,
     warmup: int = 1,
+    processor: Any = None,
 ) -> Measurements:
     """Measure the plain model and techniques on the same batch, taking turns so that noise meets all of them alike.
 
@@ -156,6 +157,7 @@ def measure(
         max_new_tokens: tokens to generate; the end-of-text token is held back so that all settings do the same work.
         repeats: timed rounds.
         warmup: rounds before them that are not timed.
+        processor: the model's, for techniques that must tell questions from answers.
 
     Raises:
         ConfigError: no setting, or a count below 1.
@@ -175,7 +177,7 @@ def measure(
     rows = inputs["input_ids"].shape[0]
     for turn in range(warmup + repeats):
         for number, stack in enumerate(stacks):
-            with stack(model) as run, torch.inference_mode():
+            with stack(model, processor) as run, torch.inference_mode():
                 memory.reset()
                 clock.start()
                 model.generate(
