@@ -68,6 +68,7 @@ def cost(
     text_tokens: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
     visual_tokens: Annotated[int, typer.Option(help="Visual tokens per prompt.")] = 576,
     config: Annotated[Path | None, typer.Option(help="Config file; the plain model without.")] = None,
+    images: Annotated[int, typer.Option(help="Pictures among which the visual tokens are divided.")] = 1,
     batch: Annotated[int, typer.Option(help="Prompts in the batch.")] = 1,
     bytes_per_value: Annotated[int, typer.Option(help="Bytes of one cached number.")] = 2,
     as_json: Json = False,
@@ -81,7 +82,8 @@ def cost(
     from mllm.technique import Stack
 
     stack = load_config(config).stack if config else Stack()
-    result = predict(stack, resolve_architecture(arch), text_tokens, visual_tokens, batch, bytes_per_value).to_dict()
+    spec = resolve_architecture(arch)
+    result = predict(stack, spec, text_tokens, visual_tokens, batch, bytes_per_value, images).to_dict()
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -146,31 +146,37 @@ class Cost:
 
 
 def predict(
-    stack: Stack, spec: ModelSpec, text_tokens: int, visual_tokens: int, batch: int = 1, bytes_per_value: int = 2
+    stack: Stack,
+    spec: ModelSpec,
+    text_tokens: int,
+    visual_tokens: int,
+    batch: int = 1,
+    bytes_per_value: int = 2,
+    images: int = 1,
 ) -> Cost:
     """Cost of a prefill under ``stack`` without running anything.
 
     Args:
-        stack: techniques; of a learned exit the last layer that it may choose is counted.
+        stack: techniques; of one that decides by the input, the most that it may leave is counted.
         spec: the decoder's shape.
         text_tokens: text tokens per row.
         visual_tokens: visual tokens per row.
         batch: rows.
         bytes_per_value: size of one cached number, 2 for 16-bit.
+        images: pictures among which the visual tokens of a row are divided.
     """
-    if text_tokens < 1 or visual_tokens < 0 or batch < 1:
+    if text_tokens < 1 or visual_tokens < 0 or batch < 1 or images < 1:
         raise ConfigError(
-            f"text_tokens={text_tokens}, visual_tokens={visual_tokens}, batch={batch}: "
-            "at least 1 text token, 0 visual tokens and 1 row are needed."
+            f"text_tokens={text_tokens}, visual_tokens={visual_tokens}, batch={batch}, images={images}: "
+            "at least 1 text token, 0 visual tokens, 1 row and 1 picture are needed."
         )
     stack.check(spec)
     total = text_tokens + visual_tokens
     own = sum(technique.extra_flops(spec, text_tokens, visual_tokens) for technique in stack.active(spec))
     dense = LayerWork(batch * total, batch * total * total).flops(spec) * spec.layers
-    last = stack.last_visual_layer(spec)
     flops, keys = batch * own, 0
     for layer in range(spec.layers):
-        visual = visual_tokens if layer <= last else 0
+        visual = stack.visual_left(layer, spec, visual_tokens, images)
         length = text_tokens + visual
         policy = stack.visual_policy(layer, spec)
         passive = visual if policy is not None else 0

@@ -109,6 +109,7 @@ class Step:
         self.work: Counter[LayerWork] = Counter()
         self.extra_flops = 0
         self.fired: set[Technique] = set()
+        self.evicted: list[tuple[int, Tensor]] = []  # before which layer, and (B, S) bool which rows
         self.branches: list[tuple[int, str]] = [] if self.past is None else list(self.past.branches)
         self.reuse: Reuse | None = None
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
@@ -174,6 +175,7 @@ class Step:
             None if layout.roles is None else layout.roles.padded(stash.valid.shape[1]),
             stash.valid.shape[1],
             stash.image,
+            None if layout.markers is None else nn.functional.pad(layout.markers, (stash.valid.shape[1], 0)),
         )
 
     def _numbers(self) -> Tensor:
@@ -304,6 +306,7 @@ class Step:
                 self.store.setdefault(key, {}),
                 self.outputs.setdefault(technique.name, {}),
                 partial(self._stash, hidden),
+                partial(self._evict_later, number),
             )
             keep = technique.keep(view)
             if keep is None:
@@ -328,6 +331,9 @@ class Step:
         states = rows.take(self._states(hidden), self.batch)
         image = rows.take(self.layout.image_index, self.batch)
         return Stash(self._columns_of(rows), valid, states, cos, sin, image)
+
+    def _evict_later(self, number: int, rows: Tensor) -> None:
+        self.evicted.append((number, rows))
 
     def _spend(self, flops: int) -> None:
         self.extra_flops += flops
@@ -656,6 +662,12 @@ class Step:
         if cache is None:
             engine.run.count_cache([], 0, 0, 0)
             return
+        if not self.idle and (self.visual or self.revived is not None):
+            check_cache_kind(cache)
+        rows = None
+        if self.evicted:
+            rows = self._evict(cache)
+            held = [kept.length for kept in rows]
         store = {name: kept for name, kept in self.store.items() if kept}
         extra = sum(value.nbytes for kept in store.values() for value in kept.values() if hasattr(value, "nbytes"))
         own = cache.layers[layers : layers + len(self.branches)]
@@ -664,11 +676,34 @@ class Step:
         engine.run.count_cache(held, self.batch, length, bytes_per_value, extra)
         if self.idle:
             return
-        if self.visual or self.revived is not None:
-            check_cache_kind(cache)
         changed = self.reduced is not None or store or self.branches
         if changed and (self.visual or self.revived is not None or self.past is None or self.branches):
-            setattr(cache, CACHE_STATE, CacheState(length, self._held(), store, tuple(self.branches)))
+            setattr(cache, CACHE_STATE, CacheState(length, rows or self._held(), store, tuple(self.branches)))
+
+    def _evict(self, cache: Cache) -> tuple[Rows, ...]:
+        """Take the keys of evicted rows out of the layers before; per layer, the tokens whose keys are left."""
+        layout = self.layout
+        columns = self._columns_of(Rows(None, None, self.width)).expand(self.batch, -1)  # (B, S)
+        length = layout.past_length + self.new
+        held = list(self._held())
+        for before, gone in self.evicted:
+            known: dict[Rows, tuple[Rows, Rows]] = {}
+            lost = nn.functional.pad(~self._valid_columns(), (0, 1))  # (B, past + S + 1), the last one is a bin
+            lost.scatter_(1, columns.masked_fill(~gone, length), True)
+            for number in range(1, before):
+                old = held[number]
+                if old not in known:
+                    index = torch.arange(old.length, device=gone.device)[None] if old.index is None else old.index
+                    index = index.expand(self.batch, -1)  # (B, K)
+                    wanted = ~lost.gather(1, index) & self._valid(old, gone.device)
+                    left = Rows.select(wanted, wanted.sum(dim=1).tolist())
+                    known[old] = left, Rows(index.gather(1, left.index), left.valid, left.length)
+                left, held[number] = known[old]
+                layer = cache.layers[number]
+                layer.keys, layer.values = (
+                    left.take(part.transpose(1, 2), self.batch).transpose(1, 2) for part in (layer.keys, layer.values)
+                )
+        return tuple(held)
 
     def _held(self) -> tuple[Rows, ...]:
         """Per layer, the tokens whose keys the cache now holds; layers that hold the same share one object."""
@@ -806,15 +841,20 @@ class Engine:
         input_ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         if input_ids is not None or embeds is None or not visual:
             tokens = input_ids if input_ids is not None else embeds[..., 0]
-            layout = TokenLayout.from_inputs(self.parts.token_ids, tokens, mask, past_length, visual)
+            parts = self.parts
+            layout = TokenLayout.from_inputs(parts.token_ids, tokens, mask, past_length, visual, parts.marker_ids)
             if self.chat is None or input_ids is None or tokens.shape[1] == 1:
                 return layout
             return replace(layout, roles=self.chat.roles(input_ids, layout.valid))
         # embeddings with separate image features: placeholders are told by their embedding, as the model does
-        ids = torch.tensor(self.parts.token_ids, device=embeds.device)
-        marks = self.parts.base.get_input_embeddings()(ids)  # (ids, D)
-        found = (embeds[:, :, None] == marks).all(dim=-1).any(dim=-1)  # (B, S)
-        return TokenLayout(found, valid_tokens(mask, found), past_length)
+        found = self._find(self.parts.token_ids, embeds)  # (B, S)
+        markers = self._find(self.parts.marker_ids, embeds) if self.parts.marker_ids else None
+        return TokenLayout(found, valid_tokens(mask, found), past_length, markers=markers)
+
+    def _find(self, ids: tuple[int, ...], embeds: Tensor) -> Tensor:
+        """(B, S) bool, rows of ``embeds`` (B, S, D) that are the embedding of one of ``ids``."""
+        marks = self.parts.base.get_input_embeddings()(torch.tensor(ids, device=embeds.device))  # (ids, D)
+        return (embeds[:, :, None] == marks).all(dim=-1).any(dim=-1)
 
     def _check_checkpointing(self) -> None:
         layer = self.parts.layers[0]
@@ -1008,8 +1048,9 @@ class Handle:
 
 def _chat_format(stack: Stack, spec: ModelSpec, processor: Any) -> ChatFormat | None:
     """How the processor's prompts tell questions from answers; None where it is not given and not needed."""
-    needing = [technique for technique in stack.active(spec) if technique.needs_roles]
-    if not needing:
+    active = stack.active(spec)
+    needing = [technique for technique in active if technique.needs_roles]
+    if not needing and (processor is None or not any(technique.wants_roles for technique in active)):
         return None
     if processor is None:
         raise ConfigError(

@@ -21,6 +21,8 @@ class Family:
     token_ids: tuple[str, ...] = ("image_token_id",)
     #: forward arguments that carry visual input into this call
     visual_arguments: tuple[str, ...] = ("pixel_values",)
+    #: config attributes that hold the ids of text tokens which open and close a visual block
+    marker_ids: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -29,7 +31,12 @@ FAMILIES: dict[str, Family] = {
         Family("llava"),
         Family("llava_next"),
         Family("llava_onevision", ("image_token_id", "video_token_id"), ("pixel_values", "pixel_values_videos")),
-        Family("qwen2_5_vl", ("image_token_id", "video_token_id"), ("pixel_values", "pixel_values_videos")),
+        Family(
+            "qwen2_5_vl",
+            ("image_token_id", "video_token_id"),
+            ("pixel_values", "pixel_values_videos"),
+            ("vision_start_token_id", "vision_end_token_id"),
+        ),
     )
 }
 
@@ -44,6 +51,7 @@ class Parts:
     text: nn.Module  # the decoder stack
     layers: nn.ModuleList
     token_ids: tuple[int, ...]
+    marker_ids: tuple[int, ...] = ()
 
     @property
     def text_config(self):
@@ -73,5 +81,8 @@ def find_parts(model: nn.Module) -> Parts:
             f"Supported model types: {', '.join(FAMILIES)}, as ...ForConditionalGeneration. "
             "Load the checkpoint with mllm.load(), or add a row to mllm/families.py."
         )
-    ids = [getattr(model.config, name, None) for name in family.token_ids]
-    return Parts(family, model, base, text, text.layers, tuple(i for i in ids if i is not None))
+    token_ids, marker_ids = (
+        tuple(found for name in names if (found := getattr(model.config, name, None)) is not None)
+        for names in (family.token_ids, family.marker_ids)
+    )
+    return Parts(family, model, base, text, text.layers, token_ids, marker_ids)

@@ -23,6 +23,7 @@ class TokenLayout:
         roles: who says what, where a technique needs it and the token ids are known.
         revived: tokens of earlier calls that came back; they are the first ones.
         revived_images: (B, revived) long, which image each of those belongs to.
+        markers: (B, S) bool, text tokens that open or close a visual block; None where the family has none.
     """
 
     visual: Tensor
@@ -31,6 +32,7 @@ class TokenLayout:
     roles: Roles | None = None
     revived: int = 0
     revived_images: Tensor | None = None
+    markers: Tensor | None = None
 
     @property
     def text(self) -> Tensor:
@@ -64,6 +66,7 @@ class TokenLayout:
         attention_mask: Tensor | None = None,
         past_length: int = 0,
         has_visual: bool = True,
+        marker_ids: tuple[int, ...] = (),
     ) -> TokenLayout:
         """Read the layout from token ids.
 
@@ -74,13 +77,17 @@ class TokenLayout:
             past_length: tokens already cached.
             has_visual: False where the call carries no image: a placeholder id is then an ordinary token, as it is
                 when a model happens to generate one.
+            marker_ids: ids of the tokens that open and close visual blocks.
         """
+        markers = None
         if has_visual:
             ids = torch.tensor(token_ids, device=input_ids.device, dtype=input_ids.dtype)
             visual = torch.isin(input_ids, ids)  # (B, S)
+            if marker_ids:
+                markers = torch.isin(input_ids, torch.tensor(marker_ids, device=ids.device, dtype=ids.dtype))  # (B, S)
         else:
             visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        return cls(visual, valid_tokens(attention_mask, visual), past_length)
+        return cls(visual, valid_tokens(attention_mask, visual), past_length, markers=markers)
 
 
 def valid_tokens(attention_mask: Tensor | None, like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Roles:
         question: (B, S) bool, what the user gives, visual placeholders and the end token behind it included.
         assistant_header: (B, S) bool, what opens an answer.
         answer: (B, S) bool, the answer with the end token behind it.
+        closing: (B, S) bool, the end tokens among these, and what the template writes between them and the next header.
     """
 
     turn: Tensor
@@ -32,12 +33,16 @@ class Roles:
     question: Tensor
     assistant_header: Tensor
     answer: Tensor
+    closing: Tensor | None = None
 
     def padded(self, count: int) -> Roles:
         """With ``count`` tokens in front that play no part and belong to no turn."""
         turn = torch.nn.functional.pad(self.turn, (count, 0), value=-1)  # (B, count + S)
-        masks = (self.system, self.user_header, self.question, self.assistant_header, self.answer)
-        return Roles(turn, *(torch.nn.functional.pad(mask, (count, 0), value=False) for mask in masks))
+        masks = (self.system, self.user_header, self.question, self.assistant_header, self.answer, self.closing)
+        return Roles(
+            turn,
+            *(None if mask is None else torch.nn.functional.pad(mask, (count, 0), value=False) for mask in masks),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ class ChatFormat:
         last_user, last_assistant = _last(user_starts), _last(assistant_starts)  # (B, S)
         content = valid & ~user_header & ~assistant_header
         turn = user_starts.long().cumsum(dim=1) - 1  # (B, S)
+        ends = torch.zeros_like(content)
+        for token in self.end:
+            ends = ends | (ids == token)
         return Roles(
             turn=turn.masked_fill(~valid, -1),
             system=content & (last_user < 0) & (last_assistant < 0),
@@ -103,6 +111,7 @@ class ChatFormat:
             question=content & (last_user > last_assistant),
             assistant_header=assistant_header,
             answer=content & (last_assistant > last_user),
+            closing=content & (_last(ends) > torch.maximum(last_user, last_assistant)),
         )
 
 

@@ -98,6 +98,8 @@ class LayerView:
         store: what the technique keeps for later calls on the same cache; empty at first.
         output: what the technique tells the :class:`~mllm.run.Run` about this call, by name.
         stash: keeps the rows where a (B, S) mask is True, as they enter this layer, for a later call.
+        evict: forgets, once the call has ended, the keys that earlier layers hold of the rows where a (B, S) mask is
+            True; layer 0 keeps them, since transformers reads the length of the sequence there.
     """
 
     layer: int
@@ -110,6 +112,7 @@ class LayerView:
     store: dict[str, Any]
     output: dict[str, Any]
     stash: Callable[[Tensor], Stash]
+    evict: Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ class Technique(BaseModel):
     training: ClassVar[str | None] = None
     #: whether it must be told questions from answers, for which it is attached with the processor
     needs_roles: ClassVar[bool] = False
+    #: whether it makes use of that where the processor is given
+    wants_roles: ClassVar[bool] = False
 
     def __init__(self, **arguments: Any) -> None:
         try:
@@ -271,6 +276,14 @@ class Technique(BaseModel):
     def last_visual_layer(self, spec: ModelSpec) -> int:
         """Last layer that sees visual rows, where that is known before running; the model's last layer otherwise."""
         return spec.layers - 1
+
+    def first_visual_layer(self, spec: ModelSpec) -> int | None:
+        """First layer in which it needs visual rows to be there still; None where it needs none."""
+        return next((layer for layer in range(spec.layers) if self.visual_policy(layer, spec) is not None), None)
+
+    def visual_left(self, layer: int, spec: ModelSpec, visual_tokens: int, images: int) -> int:
+        """How many visual tokens of a prompt with ``images`` of one size enter ``layer`` at most, to predict costs."""
+        return visual_tokens if layer <= self.last_visual_layer(spec) else 0
 
     def build(self, spec: ModelSpec) -> nn.Module | None:
         """Freshly initialised learned parts for a model of this shape; None where nothing is learned."""
@@ -422,9 +435,10 @@ class Stack:
         owner: dict[int, Technique] = {}
         for technique in active:
             layers = [n for n in range(spec.layers) if technique.visual_policy(n, spec) is not None]
-            if layers and layers[0] > last:
+            first = technique.first_visual_layer(spec)
+            if first is not None and first > last:
                 raise ConflictError(
-                    f"{technique!r} acts from layer {layers[0]} on, but {exits[0]!r} leaves no visual tokens after "
+                    f"{technique!r} acts from layer {first} on, but {exits[0]!r} leaves no visual tokens after "
                     f"layer {last}. Give it layers up to {last}, or let the visual tokens exit later."
                 )
             for layer in layers:
@@ -440,36 +454,14 @@ class Stack:
         policies = (technique.visual_policy(layer, spec) for technique in self.techniques)
         return next((policy for policy in policies if policy is not None), None)
 
-    def opens(self, layout: TokenLayout) -> tuple[Opened, ...]:
-        """Which later keys rows of a call with visual input may see, in every layer."""
-        return ()
-
-    def check_labels(self, labels: Tensor, layout: TokenLayout) -> None:
-        """Raise where training on these labels, (B, S) with -100 for none, would let answers leak."""
-
-    def branch_layers(self, spec: ModelSpec) -> tuple[int, ...]:
-        """Layers that have a branch."""
-        return ()
-
-    def channels(self, layer: int, positions: Tensor, module: nn.Module) -> Tensor | None:
-        """(B, K, c) numbers per key of the layer's own attention, at ``positions`` (B, K); mixed as values are."""
-        return None
-
-    def branch(self, view: BranchView) -> Tensor:
-        """(B, S, D) what is added to the residual stream after the attention of a layer in :meth:`branch_layers`."""
-        raise NotImplementedError(f"{self.name} has no layer branch.")
-
-    def revive(self, layout: TokenLayout, store: dict[str, Any]) -> Revived | None:
-        """Rows of earlier calls that enter a later one again, asked once at its start."""
-        return None
-
-    def excludes(self, other: Technique) -> str | None:
-        """Why this technique cannot run together with ``other``; None where it can."""
-        return None
-
     def last_visual_layer(self, spec: ModelSpec) -> int:
         """Last layer that sees visual rows under all techniques together."""
         return min((t.last_visual_layer(spec) for t in self.techniques), default=spec.layers - 1)
+
+    def visual_left(self, layer: int, spec: ModelSpec, visual_tokens: int, images: int) -> int:
+        """How many visual tokens of a prompt enter ``layer`` at most under all techniques together."""
+        left = (t.visual_left(layer, spec, visual_tokens, images) for t in self.active(spec))
+        return min(left, default=visual_tokens)
 
     def parameter_count(self, spec: ModelSpec) -> int:
         """Learned parameters of all techniques on a model of this shape."""

@@ -62,12 +62,14 @@ class Extras:
 
     Attributes:
         opened: (S, S) bool, keys that a query sees besides the earlier ones, in every layer.
+        closed: ``closed(layer)`` -> (S, S) bool, keys that a query does not see there.
         keep: ``keep(layer, states (S, D), alive (S,))`` -> (S,) bool, rows that enter ``layer``.
         branch: ``branch(layer, states (S, D) after the attention, weights (S, S) summed over heads, cos, sin)`` ->
             (S, D) that is added there; all rows are alive.
     """
 
     opened: Tensor | None = None
+    closed: Callable[[int], Tensor] | None = None
     keep: Callable[[int, Tensor, Tensor], Tensor] | None = None
     branch: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
@@ -184,6 +186,7 @@ def _layer(
     sin: Tensor,
     policy: str | None,
     opened: Tensor | None = None,
+    closed: Tensor | None = None,
     branch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(S, D) after one decoder layer.
@@ -202,6 +205,8 @@ def _layer(
     allowed = torch.ones(length, length, dtype=torch.bool).tril()  # (S, S)
     if opened is not None:
         allowed = allowed | opened
+    if closed is not None:
+        allowed = allowed & ~closed
     if policy == "ee":
         allowed = torch.where(visual[:, None], torch.eye(length, dtype=torch.bool), allowed)
     skip_attention = visual if policy in ("naavit", "freeze") else torch.zeros_like(visual)
@@ -254,6 +259,7 @@ def decode(
             sin[alive],
             policy if index in chosen else None,
             opened,
+            None if extras.closed is None else extras.closed(index)[alive][:, alive],
             None if extras.branch is None else partial(extras.branch, index),
         )
         whole = whole.index_put((alive,), after)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from mllm import Stack, TokenLayout
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
+from mllm.families import find_parts
 from mllm.rows import Rows, key_order
+from mllm.technique import Technique
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -249,6 +253,96 @@ def test_static_caches_are_refused():
     model, inputs = prepared()
     with DyVTE(exit_layer=2)(model), pytest.raises(UnsupportedModelError, match=r"StaticLayer.*cache_implementation"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+class Forgetful(Technique):
+    """Visual rows leave before layer 3, and the layers before forget their keys once the prompt is read."""
+
+    name: ClassVar[str] = "Forgetful"
+    paper: ClassVar[str] = ""
+
+    def keep(self, view):
+        if view.layer != 3:
+            return None
+        view.evict(view.layout.visual)
+        return view.alive & ~view.layout.visual
+
+
+@every_family
+@every_backend
+def test_evicted_keys_are_not_seen_by_later_calls(family, attn):
+    """Answer tokens see the pictures in layer 0 alone; the prompt saw them in layers 0 to 2."""
+    model, inputs = prepared(family, attn, "mixed")
+    length = inputs["input_ids"].shape[1]
+    with Forgetful()(model) as run:
+        output = answer(model, inputs, return_dict_in_generate=True, output_logits=True)
+        lengths = [layer.get_seq_length() for layer in output.past_key_values.layers]
+        assert lengths == run.report().cache_lengths
+    counts = inputs["attention_mask"].sum(dim=1) - visual_mask(model, inputs).sum(dim=1)
+    assert lengths == [length + 2] + [int(counts.max()) + 2] * 5
+    for number, prompt in enumerate(reference.prompts(model, inputs)):
+        start = prompt.ids.shape[0]
+        for token in output.sequences[number, length:-1]:
+            prompt = prompt.append(model.get_input_embeddings().weight[token])
+        hidden = prompt.visual.clone()
+
+        def closed(layer, hidden=hidden, start=start):
+            late = torch.arange(hidden.shape[0]) >= start
+            return (late[:, None] & hidden) if layer in (1, 2) else torch.zeros(2 * hidden.shape, dtype=torch.bool)
+
+        def keep(layer, states, alive, hidden=hidden):
+            return ~hidden if layer == 3 else torch.ones_like(alive)
+
+        with torch.no_grad():
+            wanted = reference.decode(model, prompt, extras=reference.Extras(closed=closed, keep=keep)).logits
+        found = torch.stack(output.logits, dim=1)[number]  # (3, V)
+        torch.testing.assert_close(found, wanted[start - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_evicted_keys_survive_a_second_turn_and_cropping():
+    model, inputs = prepared()
+    text = int((~visual_mask(model, inputs)).sum())
+    with Forgetful()(model), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers][1:] == [text] * 5
+        extra = torch.tensor([[40, 41, 42]])
+        together = model(input_ids=extra, past_key_values=copy.deepcopy(cache)).logits
+        single = [model(input_ids=extra[:, n : n + 1], past_key_values=cache).logits for n in range(3)]
+        torch.testing.assert_close(together, torch.cat(single, dim=1), atol=1e-4, rtol=1e-4)
+        cache.crop(-1)
+        again = model(input_ids=extra[:, 2:], past_key_values=cache).logits
+        torch.testing.assert_close(again, together[:, 2:], atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_markers_are_told_by_id_and_by_embedding(family):
+    model, inputs = prepared(family, kind="two_images")
+    parts = find_parts(model)
+    ids = inputs["input_ids"]
+    layout = TokenLayout.from_inputs(parts.token_ids, ids, inputs["attention_mask"], marker_ids=parts.marker_ids)
+    if family != "qwen2_5_vl":
+        assert layout.markers is None
+        return
+    words = [tiny_processor(family).tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+    wanted = [[word in ("<|vision_start|>", "<|vision_end|>") for word in row] for row in words]
+    assert layout.markers.tolist() == wanted
+    seen = []
+
+    class Watcher(DyVTE):
+        name: ClassVar[str] = "Watcher"
+
+        def keep(self, view):
+            seen.append(view.layout.markers)
+            return super().keep(view)
+
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embeds = model.get_input_embeddings()(ids)
+    positions = torch.arange(ids.shape[1]).expand(3, 2, -1)
+    with Watcher(exit_layer=2)(model), torch.no_grad():
+        model(**inputs)
+        model(**rest, inputs_embeds=embeds, position_ids=positions)
+    assert all(markers.tolist() == wanted for markers in seen)
 
 
 # --- what callers of the plain model rely on --------------------------------------------------------------------------

@@ -324,3 +324,22 @@ def test_templates_that_do_not_tell_turns_apart(template, message):
 def test_slow_tokenizers_are_refused():
     with pytest.raises(ConfigError, match="Load a fast tokenizer"):
         ChatFormat.from_processor(object())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_closes_a_turn(family):
+    """End tokens, and what stands between them and the next header."""
+    processor = tiny_processor(family)
+    chat = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "what?"), ("assistant", "a dog"), ("user", "why?"))
+    ]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor.tokenizer([text, "a" * len(text)], return_tensors="pt", padding=True)
+    roles = ChatFormat.from_processor(processor).roles(inputs["input_ids"], inputs["attention_mask"].bool())
+    closing = inputs["input_ids"][0][roles.closing[0]]
+    assert processor.tokenizer.decode(closing) == ("<|im_end|>\n" * 3 if "<|im_end|>" in text else "")
+    assert not roles.closing[1].any()
+    padded = roles.padded(2)
+    assert torch.equal(padded.closing[:, 2:], roles.closing)
+    assert not padded.closing[:, :2].any()
