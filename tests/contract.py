@@ -26,11 +26,11 @@ from mllm.engine import Step
 from mllm.errors import DidNotFireError, LoadError, UnsupportedModelError
 from mllm.saving import LearnedWeights, fingerprint
 from mllm.technique import TrainedTechnique, load_all
-from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
+from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT, URaG
 
 LAYERS = 6
 BACKENDS = ("eager", "sdpa")
-MULTIMODAL = ("one", "batch", "two_images", "same_length_ragged")
+MULTIMODAL = ("one", "batch", "two_images", "same_length_ragged", "mixed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Case:
         reference: options of :func:`reference.reference_logits`, or a function of model and stack that makes them.
         saves: whether fewer FLOPs are spent than without.
         labels: which text may be trained on, ``labels(model, inputs)`` -> (B, S) bool; None: all.
+        kinds: inputs that show it, by the names of those that show the others.
     """
 
     stack: Stack
@@ -50,6 +51,7 @@ class Case:
     reference: dict[str, Any] | Callable[[Any, Stack], dict[str, Any]] = field(default_factory=dict)
     saves: bool = True
     labels: Callable[[Any, Any], torch.Tensor] | None = None
+    kinds: dict[str, str] = field(default_factory=dict)
 
     def on(self, model) -> Stack:
         """The stack with learned parts for this model."""
@@ -111,6 +113,63 @@ def before_images(model, inputs) -> torch.Tensor:
     return visual_mask(model, inputs).cumsum(dim=1) == 0
 
 
+def urag_options(model, stack: Stack) -> dict[str, Any]:
+    """The best page of each row, scored token by token; the question is read from the text itself."""
+    (urag,) = (technique for technique in stack.techniques if isinstance(technique, URaG))
+    weights = urag.learned.tensors
+    exits = [technique.exit_layer for technique in stack.techniques if isinstance(technique, DyVTE)]
+
+    def embed(state: torch.Tensor) -> torch.Tensor:
+        inner = weights["first.weight"] @ state + weights["first.bias"]
+        inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+        vector = weights["second.weight"] @ inner + weights["second.bias"]
+        return vector / vector.norm()
+
+    def extras(prompt: Prompt) -> Extras:
+        pages: list[list[int]] = []
+        for token, visual in enumerate(prompt.visual.tolist()):
+            if visual and (token == 0 or not prompt.visual[token - 1]):
+                pages.append([])
+            if visual:
+                pages[-1].append(token)
+        question = question_tokens(model, prompt)
+
+        def keep(layer: int, states: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+            if layer != urag.layer or len(pages) <= urag.keep_pages:
+                return torch.ones_like(alive)
+            states = states.detach()
+            scores = [0.0] * len(pages)
+            for token in question:
+                for number, page in enumerate(pages):
+                    scores[number] += max(float(embed(states[token]) @ embed(states[v])) for v in page)
+            best = sorted(range(len(pages)), key=lambda page: (-scores[page], page))[: urag.keep_pages]
+            kept = torch.ones_like(alive)
+            for number, page in enumerate(pages):
+                kept[page] = number in best
+            return kept
+
+        return Extras(keep=keep)
+
+    return {"extras": extras, **({"exit_after": exits[0]} if exits else {})}
+
+
+def question_tokens(model, prompt: Prompt) -> list[int]:
+    """What stands behind the last page up to the end of the question, and before the first."""
+    tokenizer = processor_of(model).tokenizer
+    tokens = [tokenizer.decode([token]) if token >= 0 else "?" for token in prompt.ids.tolist()]
+    pages = prompt.visual.nonzero()[:, 0].tolist()
+
+    def find(text: str) -> int:
+        spelled = list(text) if not text.startswith("<|") else [text[:12].split(">")[0] + ">", *text.split(">", 1)[1]]
+        return next((n for n in range(len(tokens)) if tokens[n : n + len(spelled)] == spelled), -1)
+
+    chatml = "<|im_start|>" in tokens
+    start = find("<|im_start|>user\n") + 6 if chatml else find("USER: ") + 6
+    stop = find("<|im_end|>") if chatml else find("ASSISTANT:")
+    inside = [n for n in range(start, stop) if not (pages and pages[0] < n < pages[-1])]
+    return [n for n in inside if tokens[n] not in ("<|vision_start|>", "<|vision_end|>") and n not in pages]
+
+
 CASES: dict[str, Case] = {
     "DyVTE": Case(Stack(DyVTE(exit_layer=2)), Stack(DyVTE(exit_layer=LAYERS - 1)), {"exit_after": 2}),
     "NAAViT": Case(Stack(NAAViT()), Stack(NAAViT(layers=[])), {"policy": "naavit"}),
@@ -132,6 +191,19 @@ CASES: dict[str, Case] = {
         mma_options,
         saves=False,
         labels=lambda model, inputs: before_images(model, inputs),
+    ),
+    "URaG": Case(
+        Stack(URaG(layer=2, keep_pages=1, hidden=24, width=16)),
+        Stack(URaG(layer=2, policy="all", hidden=24, width=16)),
+        urag_options,
+        kinds={"one": "pages", "batch": "mixed"},
+    ),
+    # pages leave first, then all visual rows
+    "URaG, DyVTE": Case(
+        Stack(URaG(layer=2, keep_pages=2, hidden=24, width=16), DyVTE(exit_layer=3)),
+        Stack(URaG(layer=2, policy="all", hidden=24, width=16), DyVTE(exit_layer=LAYERS - 1)),
+        urag_options,
+        kinds={"one": "pages", "batch": "mixed"},
     ),
 }
 
@@ -158,8 +230,9 @@ def text_rows(model, inputs) -> torch.Tensor:
     return inputs["attention_mask"].bool() & ~visual_mask(model, inputs)
 
 
-def prepared(family: str, attn: str, kind: str):
+def prepared(family: str, attn: str, kind: str, case: Case | None = None):
     model = tiny_model(family, attn)
+    kind = kind if case is None else case.kinds.get(kind, kind)
     return model, tiny_inputs(model, tiny_processor(family), kind)
 
 
@@ -175,7 +248,7 @@ def test_every_technique_has_a_case():
 @every_family
 @every_backend
 def test_neutral_and_text_only_are_bitwise_identical(case, family, attn):
-    model, inputs = prepared(family, attn, "batch")
+    model, inputs = prepared(family, attn, "batch", case)
     text = tiny_inputs(model, tiny_processor(family), "text")
     plain, plain_text = logits(model, inputs), logits(model, text)
     neutral = case.stack if case.neutral is None else case.neutral  # fresh learned parts
@@ -194,7 +267,7 @@ def test_neutral_and_text_only_are_bitwise_identical(case, family, attn):
 @every_family
 @every_backend
 def test_it_fired_in_forward_and_generate(case, family, attn):
-    model, inputs = prepared(family, attn, "one")
+    model, inputs = prepared(family, attn, "one", case)
     plain = logits(model, inputs)
     with case(model) as run:
         changed = logits(model, inputs)
@@ -234,7 +307,7 @@ def test_a_technique_that_did_nothing_raises(family):
 @every_backend
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_physical_equals_the_naive_reference(case, family, attn, kind):
-    model, inputs = prepared(family, attn, kind)
+    model, inputs = prepared(family, attn, kind, case)
     expected = reference_logits(model, inputs, **case.options(model))
     with case(model):
         found = logits(model, inputs)
@@ -251,7 +324,7 @@ def test_physical_equals_the_naive_reference(case, family, attn, kind):
 @every_backend
 @pytest.mark.parametrize("kind", ["one", "batch"])
 def test_cached_equals_cache_free(case, family, attn, kind):
-    model, inputs = prepared(family, attn, kind)
+    model, inputs = prepared(family, attn, kind, case)
     steps, length = 4, inputs["input_ids"].shape[1]
     with case(model) as run:
         cached = model.generate(
@@ -286,9 +359,9 @@ def extend(inputs, tokens: torch.Tensor) -> dict[str, Any]:
 @every_case
 @every_family
 @every_backend
-@pytest.mark.parametrize("kind", ["batch", "two_images", "same_length_ragged"])
+@pytest.mark.parametrize("kind", ["batch", "two_images", "same_length_ragged", "mixed"])
 def test_a_batch_equals_its_rows(case, family, attn, kind):
-    model, inputs = prepared(family, attn, kind)
+    model, inputs = prepared(family, attn, kind, case)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with case(model):
         together = logits(model, inputs)
@@ -309,7 +382,7 @@ def test_a_batch_equals_its_rows(case, family, attn, kind):
 def test_backends_agree(case, family):
     results = []
     for attn in BACKENDS:
-        model, inputs = prepared(family, attn, "batch")
+        model, inputs = prepared(family, attn, "batch", case)
         with case(model):
             results.append(logits(model, inputs)[text_rows(model, inputs)])
     close(*results)
@@ -359,7 +432,7 @@ def assert_untouched(model, before: dict[str, Any], call: Callable[[], torch.Ten
 @every_family
 @every_backend
 def test_detach_is_exact(case, family, attn):
-    model, inputs = prepared(family, attn, "one")
+    model, inputs = prepared(family, attn, "one", case)
     plain = logits(model, inputs)  # also lets the model install its own recording hooks first
     before = snapshot(model)
     handle = case.attach(model)
@@ -372,7 +445,7 @@ def test_detach_is_exact(case, family, attn):
 @every_case
 @every_family
 def test_detach_is_exact_after_an_exception(case, family):
-    model, inputs = prepared(family, "sdpa", "one")
+    model, inputs = prepared(family, "sdpa", "one", case)
     plain = logits(model, inputs)
     before = snapshot(model)
     layer = model.model.language_model.layers[3]
@@ -437,7 +510,7 @@ def test_a_leaky_technique_fails(what):
 @every_case
 @every_family
 def test_other_models_are_untouched(case, family):
-    model, inputs = prepared(family, "sdpa", "one")
+    model, inputs = prepared(family, "sdpa", "one", case)
     other = tiny_model(family, "sdpa", seed=1)
     plain, other_plain = logits(model, inputs), logits(other, inputs)
     before = snapshot(other)
@@ -459,7 +532,7 @@ def test_other_models_are_untouched(case, family):
 @every_case
 @every_family
 def test_save_and_load(case, family, tmp_path):
-    model, inputs = prepared(family, "sdpa", "one")
+    model, inputs = prepared(family, "sdpa", "one", case)
     handle = case.attach(model)
     expected = logits(model, inputs)
     handle.save_pretrained(tmp_path / "technique")
@@ -481,7 +554,7 @@ def test_save_and_load(case, family, tmp_path):
 def test_gradients(case, family, attn):
     """The loss and its gradients are those of the reference, with and without checkpointing; frozen stays frozen."""
     model = tiny_model(family, attn, fresh=True)
-    inputs = tiny_inputs(model, tiny_processor(family), "batch")
+    inputs = tiny_inputs(model, tiny_processor(family), case.kinds.get("batch", "batch"))
     # a row's first token would be predicted from the padding before it, which the reference does not have
     first = inputs["attention_mask"].cumsum(dim=1) == 1
     labels = inputs["input_ids"].masked_fill(~text_rows(model, inputs) | first, -100)
@@ -502,7 +575,7 @@ def test_gradients(case, family, attn):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
-        with case(model):
+        with case.attach(model, freeze=False):
             loss = model(**inputs, labels=labels, use_cache=False).loss
             loss.backward()
         model.gradient_checkpointing_disable()
@@ -553,7 +626,7 @@ def test_reentrant_checkpointing_is_refused(family):
 @every_backend
 @pytest.mark.parametrize("kind", ["one", "batch"])
 def test_cost_equals_what_is_counted(case, family, attn, kind, monkeypatch):
-    model, inputs = prepared(family, attn, kind)
+    model, inputs = prepared(family, attn, kind, case)
     counted = counted_flops(model, lambda: logits(model, inputs))
     with Stack()(model) as run:
         logits(model, inputs)
@@ -595,7 +668,7 @@ def counted_flops(model, call: Callable[[], Any]) -> int:
 @every_family
 @every_backend
 def test_no_text_position_sees_later_answer_tokens(case, family, attn):
-    model, inputs = prepared(family, attn, "batch")
+    model, inputs = prepared(family, attn, "batch", case)
     length = inputs["input_ids"].shape[1]
     batch = inputs["input_ids"].shape[0]
     answers = [torch.full((batch, 3), token) for token in (7, 8)]

@@ -10,7 +10,7 @@ from mllm import Stack, load_config
 from mllm.config import Config, save_config
 from mllm.cost import ARCHITECTURES
 from mllm.errors import ConfigError, ConflictError
-from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
+from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT, URaG
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPEC = ARCHITECTURES["llava-1.5-7b"]
@@ -87,6 +87,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         (DyVTE(exit_layer=32), r"exit_layer=32, but this model has 32 layers \(0 to 31\)"),
         (NAAViT(layers=[3, 40]), r"names layer 40, but this model has 32 layers"),
+        (URaG(layer=32), r"layer=32, but this model has 32 layers.*Give 1 to 31"),
     ],
 )
 def test_layers_that_the_model_does_not_have(technique, message):
@@ -100,6 +101,7 @@ def test_layers_that_the_model_does_not_have(technique, message):
         (Stack(NAAViT(), EEMLLM(layers=[3])), r"both decide what visual rows do in layer 3"),
         (Stack(DyVTE(exit_layer=4), DyVTE(exit_layer=9)), r"both remove all visual tokens"),
         (Stack(DyVTE(exit_layer=4), FreezeVisual(layers="5:9")), r"acts from layer 5 on.*after layer 4"),
+        (Stack(URaG(layer=6), DyVTE(exit_layer=5)), r"URaG.*acts from layer 6 on.*after layer 5"),
     ],
 )
 def test_conflicts_are_found_before_the_model_is_touched(stack, message):

@@ -338,6 +338,13 @@ _PROMPTS = {
         "USER: what is it? see # ASSISTANT:",
     ],
     "image_only_start": ["# what is it? ASSISTANT:"],
+    "pages": ["USER: read # then # and # and # which one is it? ASSISTANT:"],
+    "mixed": [
+        "USER: name a colour ASSISTANT:",
+        "USER: see # what is it? ASSISTANT:",
+        "USER: 1 # 2 # 3 # 4 # 5 # on which page does it stand? ASSISTANT:",
+        "USER: # or # or # so? ASSISTANT:",
+    ],
 }
 # how the families with a ChatML template write the headers
 _CHATML_HEADERS = {"USER: ": "<|im_start|>user\n", " ASSISTANT:": "<|im_end|>\n<|im_start|>assistant\n"}
@@ -362,7 +369,8 @@ def tiny_inputs(model: PreTrainedModel, processor: ProcessorMixin, kind: str, se
         kind: ``"one"`` image with text before and after; ``"text"`` only; ``"batch"`` of four rows: a long question, a
             short one, one that starts with the image, one without image; ``"two_images"`` in the first of two rows,
             with text between; ``"same_length_ragged"``: three rows of one length, the image at different places;
-            ``"image_only_start"``: the image at position 0, without BOS.
+            ``"image_only_start"``: the image at position 0, without BOS; ``"pages"``: four images in one row;
+            ``"mixed"``: a row of text, one with one image, one with five, one with three.
         seed: of the pictures; the text and all shapes stay the same.
     """
     if kind not in _PROMPTS:
