@@ -259,6 +259,57 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, object]:
     return pairs
 
 
+@app.command()
+def analyze(
+    out: Annotated[Path, typer.Option(help="Result folder; finished samples in it are reused.")],
+    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    samples: Annotated[int, typer.Option(help="Samples to measure.")] = 32,
+    task: Annotated[str | None, typer.Option(help="Offline task to take samples from; mllm_vqa without.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures, instead of a task.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about every picture of --images.")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Answer tokens to compare; 1 is the next token alone.")] = 8,
+    choose: Annotated[int | None, typer.Option(help="Choose so many layers of least contribution.")] = None,
+    technique: Annotated[str, typer.Option(help="Technique to put on them: one that takes layers.")] = "NAAViT",
+    write: Annotated[Path | None, typer.Option(help="Config file to write the choice to.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 1,
+    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    fresh: Annotated[bool, typer.Option(help="Measure finished samples again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure per layer where attention flows, what the layer contributes, and what leaving after it costs.
+
+    Example: mllm analyze --model default --samples 32 --out runs/analysis --choose 8 --write configs/mine.yaml
+    """
+    from mllm.eval.analyze import folder_samples, task_samples
+    from mllm.eval.analyze import analyze as run_analysis
+    from mllm.eval.analyze_report import describe
+
+    if images is None and question is not None:
+        raise ConfigError(f"--question {question!r} needs pictures to ask about: add --images FOLDER.")
+    if images is not None and (question is None or task is not None):
+        raise ConfigError(f"--images {images} takes a --question and no --task: the questions of a task are its own.")
+    chosen = task_samples(task or "mllm_vqa", samples) if images is None else folder_samples(images, question, samples)
+    summary = run_analysis(
+        model,
+        chosen,
+        out,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+        choose=choose,
+        technique=technique,
+        write=write,
+        attn=attn,
+        dtype=dtype,
+        device=device,
+        fresh=fresh,
+    )
+    typer.echo(json.dumps(summary) if as_json else describe(summary))
+    for name in ("md", "png", "json"):
+        typer.echo(out / f"analysis.{name}", err=True)
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends with its message on stderr and exit code 1."""
     try:

@@ -1,0 +1,782 @@
+"""Where a model looks, and which layers still change its answer: the measurements behind exits and frozen layers.
+
+Three curves over the layers, after DyVTE (https://arxiv.org/abs/2411.19628) and ShortV
+(https://arxiv.org/abs/2504.00502):
+
+* **attention flow**: of the attention that rows of one kind pay, the share that goes to rows of another kind:
+  text to image, image to image, text to text, image to text (mean over heads and rows);
+* **layer contribution** of layer l: KL(plain || visual rows frozen in layer l alone) of the next token;
+* **exit effect** of layer l: KL(plain || no visual rows after layer l), and whether the greedy answer stays.
+
+Flows come from the plain model's own queries and keys, so any attention backend will do. Scores exist for a few query
+rows of one layer at a time and are reduced to sums at once: memory does not grow with the square of the length.
+
+Layers below the one that a measurement changes give what they gave in the plain pass, so they are not run again; that
+keeps one (B, S, D) tensor a layer in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mllm.config import Config, save_config
+from mllm.cost import ModelSpec
+from mllm.engine import Engine
+from mllm.errors import ConfigError, ConflictError, EvalError, InputError, UnsupportedModelError
+from mllm.eval import results
+from mllm.eval.stats import interval
+from mllm.families import Parts, find_parts
+from mllm.inputs import chat_inputs, open_image
+from mllm.layout import TokenLayout
+from mllm.loading import load
+from mllm.technique import Stack, Technique, get_technique, load_all
+from mllm.token_pruning import DyVTE, FreezeVisual
+
+#: rows that ask: text before the first image, image, text after its start, all text, the last token of the prompt
+QUERIES = ("prefix", "image", "question", "text", "last")
+#: rows that are looked at; ``first`` is the row's first token, which is counted in one of the others too
+KEYS = ("prefix", "image", "question", "first")
+
+CHUNK_BYTES = 4 << 20
+
+
+# --- attention flow ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Shares of attention, mean over heads and over the query rows of a kind.
+
+    Attributes:
+        mass: (B, layers, 5, 4) from :data:`QUERIES` to :data:`KEYS`; prefix, image and question add up to 1. NaN where
+            a batch row has no such query.
+        uniform: (B, 5, 4) the same if every visible key got the same weight: what position alone explains.
+        counts: (B, 5) tokens of each kind of query.
+    """
+
+    mass: Tensor
+    uniform: Tensor
+    counts: Tensor
+
+    def share(self, query: str, key: str) -> Tensor:
+        """(B, layers) share that ``query`` rows give to ``key`` rows; ``"text"`` is prefix and question together."""
+        return _share(self.mass, query, key)
+
+
+def _share(mass: Tensor, query: str, key: str) -> Tensor:
+    """(...) of (..., 5, 4)."""
+    rows = mass[..., QUERIES.index(query), :]  # (..., 4)
+    if key == "text":
+        return rows[..., KEYS.index("prefix")] + rows[..., KEYS.index("question")]
+    return rows[..., KEYS.index(key)]
+
+
+class _FlowMeter:
+    """Pre-hooks on every self-attention that add up the attention of one call, row by row of the batch."""
+
+    def __init__(self, parts: Parts, layout: TokenLayout, chunk_bytes: int) -> None:
+        self.layout = layout
+        self.limit = max(1, chunk_bytes // 4)  # float32 scores
+        self.module = sys.modules[type(parts.layers[0].self_attn).__module__]
+        seen = layout.visual.long().cumsum(dim=1) > 0  # (B, S) from the first image on
+        # in a row without an image nothing tells the prefix from the question: all of it is question
+        seen = seen | ~layout.visual.any(dim=1, keepdim=True)
+        text, last = layout.text, torch.zeros_like(layout.visual)
+        last.scatter_(1, layout.valid.shape[1] - 1 - layout.valid.flip(1).int().argmax(dim=1, keepdim=True), True)
+        prefix, question = text & ~seen, text & seen
+        first = layout.valid & (layout.valid.cumsum(dim=1) == 1)
+        self.queries = torch.stack([prefix, layout.visual, question, text, last], dim=-1)  # (B, S, 5)
+        self.keys = torch.stack([prefix, layout.visual, question, first], dim=-1)  # (B, S, 4)
+        self.rows = [valid.nonzero().flatten() for valid in layout.valid]  # B x (n,)
+        self.sums: dict[int, Tensor] = {}  # layer -> (B, 5, 4)
+
+    @contextmanager
+    def attached(self, layers: nn.ModuleList) -> Iterator[None]:
+        hooks = []
+        try:
+            for number, layer in enumerate(layers):
+                hook = _BeforeAttention(self, number)
+                hooks.append(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def measure(self, number: int, attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """Add the masses of one layer; ``hidden`` (B, S, D) is what its attention is given."""
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
+        queries = attention.q_proj(hidden).view(shape).transpose(1, 2)  # (B, heads, S, head_dim)
+        keys = attention.k_proj(hidden).view(shape).transpose(1, 2)  # (B, kv_heads, S, head_dim)
+        queries, keys = self.module.apply_rotary_pos_emb(queries, keys, *rotary)
+        self.sums[number] = torch.stack(
+            [
+                self._row(row, queries[row][:, index], keys[row][:, index], attention.scaling)
+                for row, index in enumerate(self.rows)
+            ]
+        )
+
+    def _row(self, row: int, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        """(5, 4) summed shares of one batch row without its padding: (heads, n, head_dim), (kv_heads, n, head_dim)."""
+        heads, length = queries.shape[:2]
+        queries = queries.unflatten(0, (keys.shape[0], -1))  # (kv_heads, heads a kv_head, n, head_dim)
+        keys = keys.float().transpose(1, 2)  # (kv_heads, head_dim, n)
+        asks = self.queries[row, self.rows[row]].double()  # (n, 5)
+        seen = self.keys[row, self.rows[row]].float()  # (n, 4)
+        places = torch.arange(length, device=keys.device)
+        total = asks.new_zeros(len(QUERIES), len(KEYS))
+        step = max(1, self.limit // (heads * length))
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            block = queries[:, :, start:stop].float().flatten(1, 2) * scaling  # (kv_heads, group * C, head_dim)
+            scores = (block @ keys[..., :stop]).unflatten(1, (-1, stop - start))  # (kv_heads, group, C, stop)
+            scores = scores.masked_fill_(places[:stop] > places[start:stop, None], -math.inf)
+            shares = scores.softmax(dim=-1).mean(dim=(0, 1)) @ seen[:stop]  # (C, 4)
+            total += asks[start:stop].T @ shares.double()
+        return total
+
+    def flow(self) -> Flow:
+        """What was measured, on the CPU."""
+        counts = torch.stack([self.queries[row, index].sum(dim=0) for row, index in enumerate(self.rows)])  # (B, 5)
+        uniform = []
+        for row, index in enumerate(self.rows):
+            seen = self.keys[row, index].double().cumsum(dim=0)  # (n, 4)
+            seen = seen / torch.arange(1, len(index) + 1, device=seen.device)[:, None]
+            uniform.append(self.queries[row, index].double().T @ seen)  # (5, 4)
+        mass = torch.stack([self.sums[number] for number in sorted(self.sums)], dim=1)  # (B, layers, 5, 4)
+        divisor = counts.double().where(counts > 0, math.nan)[..., None]  # (B, 5, 1)
+        return Flow((mass / divisor[:, None]).cpu(), (torch.stack(uniform) / divisor).cpu(), counts.cpu())
+
+
+class _BeforeAttention:
+    def __init__(self, meter: _FlowMeter, number: int) -> None:
+        self.meter, self.number = meter, number
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.meter.measure(self.number, module, hidden, kwargs["position_embeddings"])
+
+
+def attention_flow(model: nn.Module, inputs: Mapping[str, Any], chunk_bytes: int = CHUNK_BYTES) -> Flow:
+    """Share of attention between text and image rows in every layer of the plain model.
+
+    As DyVTE looks at it (https://arxiv.org/abs/2411.19628). It costs about one eager attention more than
+    the forward. Not for models with a technique attached: detach first.
+
+    Args:
+        model: stock, on any attention backend.
+        inputs: of one prefill: ``input_ids`` (B, S), pixel values, padding on any side.
+        chunk_bytes: size of the largest tensor of scores, in bytes; at least one query row is scored at a time.
+
+    Raises:
+        UnsupportedModelError: layers that are not plain causal attention with rotary positions.
+        ConflictError: a technique is attached.
+    """
+    parts = _check_plain(model)
+    meter = _FlowMeter(parts, _layout(parts, inputs), chunk_bytes)
+    with torch.no_grad(), meter.attached(parts.layers):
+        parts.model(**_without_cache(inputs), logits_to_keep=1)
+    return meter.flow()
+
+
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def _check_plain(model: nn.Module) -> Parts:
+    """The model's parts, if its attention can be recomputed and nothing is attached to it."""
+    parts = find_parts(model)
+    for hook in parts.base._forward_pre_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), Engine):
+            raise ConflictError(f"{hook.__self__.stack!r} is attached; the plain model is measured. Detach it first.")
+    kinds = getattr(parts.text_config, "layer_types", None) or ["full_attention"]
+    if set(kinds) != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"The decoder has layers of the kinds {', '.join(sorted(set(kinds)))}; full attention can be measured."
+        )
+    for layer in parts.layers:
+        attention = getattr(layer, "self_attn", None)
+        names = {name for name, _ in attention.named_children()} if attention is not None else set()
+        module = sys.modules[type(attention).__module__]
+        if names != _ATTENTION_PARTS or not hasattr(module, "apply_rotary_pos_emb"):
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} has no self_attn made of {', '.join(sorted(_ATTENTION_PARTS))} with rotary "
+                "positions; its attention cannot be recomputed."
+            )
+    return parts
+
+
+def _layout(parts: Parts, inputs: Mapping[str, Any]) -> TokenLayout:
+    visual = any(inputs.get(name) is not None for name in parts.family.visual_arguments)
+    return TokenLayout.from_inputs(parts.token_ids, inputs["input_ids"], inputs.get("attention_mask"), 0, visual)
+
+
+def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**inputs, "use_cache": False}
+
+
+# --- layer effects ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far the answer's distribution moved from the plain model's, per batch row.
+
+    Attributes:
+        next_kl: (...) KL(plain || changed) of the first answer token, in nats.
+        answer_kl: (...) the same, mean over the tokens of the plain greedy answer.
+        next_stays: (...) bool, the most likely first token is the same.
+        answer_stays: (...) bool, the most likely token is the same all along, so that the greedy answer is.
+    """
+
+    next_kl: Tensor
+    answer_kl: Tensor
+    next_stays: Tensor
+    answer_stays: Tensor
+
+    FIELDS = ("next_kl", "answer_kl", "next_stays", "answer_stays")
+
+    @classmethod
+    def stack(cls, changes: Sequence[Change]) -> Change:
+        """One more dimension, the second: (B,) becomes (B, len(changes))."""
+        return cls(*(torch.stack([getattr(change, name) for change in changes], dim=1) for name in cls.FIELDS))
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What one batch showed.
+
+    Attributes:
+        flow: attention of the prompt's rows in the plain model.
+        frozen: (B, layers) visual rows frozen in one layer: the layer's contribution.
+        exits: (B, layers) visual rows gone after one layer.
+        answer_tokens: (B,) tokens of the plain greedy answer that are compared.
+    """
+
+    flow: Flow
+    frozen: Change
+    exits: Change
+    answer_tokens: Tensor
+
+
+class Probe:
+    """The plain model's answer to one batch, and what changes move it.
+
+    Args:
+        model: stock, nothing attached.
+        inputs: of one prefill, left-padded.
+        answer_tokens: at most so many tokens of the greedy answer are compared; 1 is the next token alone.
+        chunk_bytes: see :func:`attention_flow`.
+
+    Raises:
+        UnsupportedModelError, ConflictError: see :func:`attention_flow`.
+        ConfigError: ``answer_tokens`` below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], answer_tokens: int = 1, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        if answer_tokens < 1:
+            raise ConfigError(f"answer_tokens={answer_tokens} must be at least 1, the next token.")
+        self.parts = _check_plain(model)
+        self.model = self.parts.model
+        answer = self._answer(inputs, answer_tokens)  # (B, T - 1)
+        self.inputs = _extend(inputs, answer)
+        self.positions = answer.shape[1] + 1
+        self.counted = self._counted(answer)  # (B, T) bool
+        layout = _layout(self.parts, inputs)
+        padded = nn.functional.pad(torch.stack([layout.visual, layout.valid]), (0, answer.shape[1]))
+        meter = _FlowMeter(self.parts, TokenLayout(padded[0], padded[1]), chunk_bytes)  # answer rows do not ask
+        self.states: list[Tensor] = []  # what each layer returned, (B, S, D)
+        self._encoded: dict[str, Any] = {}
+        hooks = [layer.register_forward_hook(lambda *call: self.states.append(call[2])) for layer in self.parts.layers]
+        try:
+            with meter.attached(self.parts.layers):
+                self.plain = self._run()  # (B, T, V)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.flow = meter.flow()
+
+    def _answer(self, inputs: Mapping[str, Any], tokens: int) -> Tensor:
+        """(B, T - 1) the greedy answer without its last token, which nothing is predicted from."""
+        if tokens == 1:
+            return inputs["input_ids"][:, :0]
+        with torch.no_grad():
+            # a repetition penalty in the checkpoint's settings would make the answer something else than the argmax
+            output = self.model.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
+            )
+        return output[:, inputs["input_ids"].shape[1] : -1]
+
+    def _counted(self, answer: Tensor) -> Tensor:
+        """(B, T) bool: predictions up to and with the end-of-text token; what generate pads after it is not answer."""
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=answer.device, dtype=answer.dtype)
+        ended = torch.isin(answer, ends).cumsum(dim=1) > 0  # (B, T - 1)
+        return nn.functional.pad(~ended, (1, 0), value=True)
+
+    def _run(self, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """(B, T, V) log-probabilities at the last prompt token and the answer tokens."""
+        base = self.parts.base
+        encoded = self._encoded if inputs is None else {}
+        with torch.no_grad(), ExitStack() as undo:
+            for name in ("get_image_features", "get_video_features"):  # the tower's part is the same each time
+                if hasattr(base, name):
+                    undo.enter_context(_replaced(base, name, _once(getattr(base, name), encoded, name)))
+            given = _without_cache(self.inputs if inputs is None else inputs)
+            logits = self.model(**given, logits_to_keep=self.positions).logits  # (B, T, V)
+            return logits.double().log_softmax(dim=-1)
+
+    def compare(self, changed: Tensor) -> Change:
+        """How far ``changed`` (B, T, V) is from the plain log-probabilities."""
+        kl = (self.plain.exp() * (self.plain - changed)).sum(dim=-1).clamp(min=0)  # (B, T)
+        same = self.plain.argmax(dim=-1) == changed.argmax(dim=-1)  # (B, T)
+        answer_kl = (kl * self.counted).sum(dim=1) / self.counted.sum(dim=1)  # (B,)
+        stays = (same | ~self.counted).all(dim=1)  # (B,)
+        return Change(kl[:, 0].cpu(), answer_kl.cpu(), same[:, 0].cpu(), stays.cpu())
+
+    def under(self, technique: Technique | Stack, unchanged_layers: int = 0) -> Change:
+        """The model with ``technique`` attached; its first ``unchanged_layers`` return what they did in the plain pass.
+
+        The caller must know that the technique leaves these layers alone.
+        """
+        with technique(self.model), ExitStack() as undo:
+            for layer, state in zip(self.parts.layers[:unchanged_layers], self.states, strict=False):
+                undo.enter_context(_replaced(layer, "forward", lambda *a, state=state, **k: state))
+            return self.compare(self._run())
+
+    def with_inputs(self, inputs: Mapping[str, Any]) -> Change:
+        """The plain model with other pictures in the same prompt; all lengths must be those of the probe's inputs."""
+        length = self.inputs["input_ids"].shape[1] - self.positions + 1
+        if inputs["input_ids"].shape[1] != length:
+            raise InputError(f"The other inputs have {inputs['input_ids'].shape[1]} tokens; {length} are compared.")
+        return self.compare(self._run(_extend(inputs, self.inputs["input_ids"][:, length:])))
+
+    def effects(self, progress: Callable[[], Any] = lambda: None) -> Effects:
+        """Contribution and exit effect of every layer; ``progress`` is called after each of the 2 x layers passes."""
+        frozen, exits = [], []
+        layers = len(self.parts.layers)
+        for layer in range(layers):
+            frozen.append(self.under(FreezeVisual(layers=[layer]), layer))
+            progress()
+            exits.append(self.under(DyVTE(exit_layer=layer), layer + 1) if layer < layers - 1 else self._same())
+            progress()
+        return Effects(self.flow, Change.stack(frozen), Change.stack(exits), self.counted.sum(dim=1).cpu())
+
+    def _same(self) -> Change:
+        return self.compare(self.plain)
+
+
+def layer_effects(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    answer_tokens: int = 1,
+    progress: Callable[[], Any] = lambda: None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Effects:
+    """Attention flow, contribution and exit effect of every layer for one batch.
+
+    Contribution: ShortV (https://arxiv.org/abs/2504.00502). Rows without a picture give zeros.
+
+    Args:
+        model: stock, nothing attached.
+        inputs: of one prefill, left-padded.
+        answer_tokens: at most so many tokens of the plain greedy answer are compared.
+        progress: called after each of the 2 x layers passes.
+        chunk_bytes: see :func:`attention_flow`.
+
+    Raises:
+        see :class:`Probe`.
+    """
+    return Probe(model, inputs, answer_tokens, chunk_bytes).effects(progress)
+
+
+def _extend(inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+    """The inputs with answer tokens after them."""
+    more, ones = dict(inputs), torch.ones_like(answer)
+    for name, tail in (("input_ids", answer), ("attention_mask", ones), ("mm_token_type_ids", 0 * ones)):
+        if inputs.get(name) is not None:
+            more[name] = torch.cat([inputs[name], tail.to(inputs[name].dtype)], dim=1)
+    return more
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one object, for the length of the block."""
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _once(function: Callable[..., Any], store: dict[str, Any], name: str) -> Callable[..., Any]:
+    """``function`` that is called the first time only."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if name not in store:
+            store[name] = function(*args, **kwargs)
+        return store[name]
+
+    return call
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about pictures, which are opened when they are needed."""
+
+    name: str
+    question: str
+    pictures: Callable[[], list[Image.Image]]
+    digest: str  # of question and pictures: two samples with the same one give the same numbers
+
+
+def task_samples(task: str, count: int) -> list[Sample]:
+    """``count`` documents of an offline task, picked at random but always the same.
+
+    Raises:
+        EvalError: an unknown task, one without pictures, or damaged data.
+    """
+    import pyarrow.parquet
+
+    from mllm.eval.tasks import manifest, task_folder, verify_data
+    from mllm.eval.tasks.utils import doc_to_text
+
+    verify_data(task)
+    docs = pyarrow.parquet.read_table(task_folder() / "data" / f"{task}.parquet").to_pylist()
+    with_pictures = [doc for doc in docs if doc["images"]]
+    if not with_pictures:
+        others = ", ".join(name for name in manifest() if name != task)
+        raise EvalError(f"The task {task} has no pictures: there is nothing to analyze. Try one of: {others}.")
+    return [
+        Sample(
+            f"{task} {doc['id']}",
+            doc_to_text(doc),
+            lambda doc=doc: [open_image(io.BytesIO(image["bytes"])) for image in doc["images"]],
+            _digest(doc_to_text(doc), *(image["bytes"] for image in doc["images"])),
+        )
+        for doc in _some(with_pictures, count)
+    ]
+
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def folder_samples(folder: str | Path, question: str, count: int) -> list[Sample]:
+    """The same question about up to ``count`` pictures of a folder (not its subfolders), picked at
+    random but always the same.
+
+    Raises:
+        EvalError: no folder, or no pictures in it.
+        InputError: the question is empty.
+    """
+    folder = Path(folder)
+    if not question.strip():
+        raise InputError("The question is empty. Ask something, such as 'What is in the picture?'.")
+    if not folder.is_dir():
+        raise EvalError(f"{folder} is not a folder. Give a folder with pictures.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not paths:
+        raise EvalError(f"No pictures found in {folder}; looked for {', '.join(sorted(_SUFFIXES))}.")
+    return [
+        Sample(path.name, question, lambda path=path: [open_image(path)], _digest(question, path.read_bytes()))
+        for path in _some(paths, count)
+    ]
+
+
+def _some(items: list[Any], count: int) -> list[Any]:
+    """``count`` of the items, or all if there are fewer, in a fixed random order: more start with the same ones."""
+    if count < 1:
+        raise EvalError(f"samples={count}: at least one is needed.")
+    return random.Random(0).sample(items, len(items))[:count]
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:16]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def choose_layers(contributions: Sequence[float], n: int) -> list[int]:
+    """The ``n`` layers that contribute least, in order: where NAAViT, EEMLLM or FreezeVisual cost the least.
+
+    Of equal layers the deeper one is taken first. Contributions are measured one layer at a time and do not add up:
+    measure the chosen layers together.
+
+    Args:
+        contributions: one a layer, as :func:`layer_effects` measures them.
+        n: layers to choose.
+
+    Raises:
+        ConfigError: ``n`` is not between 1 and the number of layers, or a contribution is not a finite number.
+    """
+    layers = len(contributions)
+    if not 1 <= n <= layers:
+        raise ConfigError(f"{n} layers cannot be chosen: this model has {layers}. Give a number from 1 to {layers}.")
+    if bad := [layer for layer, value in enumerate(contributions) if not math.isfinite(value)]:
+        raise ConfigError(f"The contribution of layer {bad[0]} is {contributions[bad[0]]}: measure the layers first.")
+    return sorted(sorted(range(layers), key=lambda layer: (contributions[layer], -layer))[:n])
+
+
+def choosing_stack(technique: str, layers: Sequence[int]) -> Stack:
+    """The named technique on these layers.
+
+    Raises:
+        ConfigError: an unknown technique, or one that is not switched on layer by layer.
+    """
+    cls = get_technique(technique)
+    if "layers" not in cls.model_fields:
+        able = sorted(name for name, other in load_all().items() if "layers" in other.model_fields)
+        raise ConfigError(f"{technique} has no layers to choose. Techniques that have: {', '.join(able)}.")
+    return Stack(cls(layers=list(layers)))
+
+
+def analyze(
+    model: str,
+    samples: Sequence[Sample],
+    out_dir: str | Path,
+    answer_tokens: int = 8,
+    batch_size: int = 1,
+    choose: int | None = None,
+    technique: str = "NAAViT",
+    write: str | Path | None = None,
+    attn: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Measure all curves over ``samples`` and write ``analysis.json``, ``analysis.md`` and ``analysis.png``.
+
+    Each finished sample is a file; the same call goes on where a stopped one was. A picture that cannot be read is
+    left out and counted.
+
+    Args:
+        model: name for :func:`mllm.load`.
+        samples: from :func:`task_samples` or :func:`folder_samples`.
+        out_dir: gets the files.
+        answer_tokens: at most so many tokens of the plain greedy answer are compared.
+        batch_size: samples per batch.
+        choose: also choose so many layers of least contribution, and measure ``technique`` on all of them together.
+        technique: one that takes ``layers``.
+        write: config file to write the choice to.
+        attn, dtype, device: as for :func:`mllm.load`; float32, because rounding to 16 bits moves small contributions.
+        fresh: measure finished samples again.
+
+    Returns:
+        What ``analysis.json`` holds.
+
+    Raises:
+        EvalError: no sample could be measured, or the folder cannot be written.
+        ConfigError: a setting that is not allowed.
+        UnsupportedModelError: see :func:`attention_flow`.
+    """
+    from mllm.eval.analyze_report import summarize, write_report
+
+    out = Path(out_dir)
+    _check_settings(answer_tokens, batch_size, choose, technique, write)
+    results.check_writable(out)
+    if fresh:
+        shutil.rmtree(out / "samples", ignore_errors=True)
+    loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
+    spec = ModelSpec.from_config(_check_plain(loaded).text_config)
+    if choose is not None:
+        choose_layers([0.0] * spec.layers, choose)  # too many: say so before the work
+    settings = {
+        "model": model,
+        "backend": attn or "sdpa",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "answer_tokens": answer_tokens,
+    }
+    lab = _Lab(loaded, processor, settings, out, spec.layers)
+    records, failed = lab.measure(samples, batch_size)
+    summary = summarize(records, settings, failed, [sample.name for sample in samples])
+    if choose is not None:
+        layers = choose_layers(summary["contribution"]["answer_kl"]["mean"], choose)
+        stack = choosing_stack(technique, layers)
+        together = lab.together(samples, batch_size, stack)
+        summary["chosen"] = {"technique": technique, "layers": layers} | {
+            name: _with_interval([record[name] for record in together]) for name in Change.FIELDS
+        }
+        if write is not None:
+            save_config(Config(Path(write).stem, stack), write)
+            summary["chosen"]["config"] = Path(write).name
+    summary["env"] = results.environment()
+    write_report(summary, out)
+    return summary
+
+
+def _check_settings(
+    answer_tokens: int, batch_size: int, choose: int | None, technique: str, write: str | Path | None
+) -> None:
+    """Everything that can be refused before a model is loaded."""
+    if answer_tokens < 1 or batch_size < 1:
+        raise ConfigError(f"answer_tokens={answer_tokens} and batch_size={batch_size} must be at least 1.")
+    if choose is None:
+        if write is not None:
+            raise ConfigError(f"{write} cannot be written without a choice of layers. Add --choose N.")
+        return
+    if choose < 1:
+        raise ConfigError(f"choose={choose}: at least 1 layer. Leave it out to choose none.")
+    choosing_stack(technique, [])
+    if write is None:
+        return
+    path = Path(write)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{path} must end in .yaml: it is a config file.")
+    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: its folder does not exist or is not writable.")
+    if not path.stem or not all(c.isalnum() or c in "_-." for c in path.stem):
+        raise ConfigError(f"{path}: the file's name becomes the config's; use letters, digits, '_', '-' and '.'.")
+
+
+def _with_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, 95 % interval (none for a single sample) and count."""
+    values = [float(value) for value in values]
+    low, high = interval(values) if len(values) > 1 else (None, None)
+    return {"mean": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
+
+
+class _Lab:
+    """One model, and the folder that finished samples go to."""
+
+    def __init__(self, model: nn.Module, processor: Any, settings: dict[str, Any], out: Path, layers: int) -> None:
+        self.model, self.processor, self.settings, self.out, self.layers = model, processor, settings, out, layers
+
+    def measure(self, samples: Sequence[Sample], batch_size: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """A record a sample, finished ones from their files, and why others failed."""
+        records: dict[int, dict[str, Any]] = {}
+        keys = [_digest(json.dumps(self.settings, sort_keys=True), self._weights(), s.digest) for s in samples]
+        for number, key in enumerate(keys):
+            if (record := _read_sample(self._path(number))) is not None and record["key"] == key:
+                records[number] = record
+        todo = [number for number in range(len(samples)) if number not in records]
+        failed = []
+        passes = 2 * self.layers
+        # one unit is a batch row in one pass: a sample takes a while, and the bar should move
+        with tqdm(total=len(samples) * passes, desc="analyze", file=sys.stderr, unit="pass") as bar:
+            bar.update(len(records) * passes)
+            for numbers, batch, pictures in self._batches(samples, todo, batch_size, failed, bar, passes):
+                bar.set_postfix_str(batch[0].name)
+                measured = self._measure(batch, pictures, partial(bar.update, len(batch)))
+                for number, record in zip(numbers, measured, strict=True):
+                    records[number] = {"key": keys[number], **record}
+                    results.write_json(self._path(number), records[number])
+        if not records:
+            raise EvalError(f"None of {len(samples)} samples could be measured. The first one: {failed[0]}")
+        return [records[number] for number in sorted(records)], failed
+
+    def together(self, samples: Sequence[Sample], batch_size: int, stack: Stack) -> list[dict[str, float]]:
+        """How far ``stack`` moves each sample's answer."""
+        changes: list[dict[str, float]] = []
+        numbers = list(range(len(samples)))
+        with tqdm(total=len(samples), desc="chosen layers", file=sys.stderr, unit="sample") as bar:
+            for _, batch, pictures in self._batches(samples, numbers, batch_size, [], bar, 1):
+                inputs = self._inputs(batch, pictures)
+                change = Probe(self.model, inputs, self.settings["answer_tokens"]).under(stack)
+                for row in range(len(batch)):
+                    changes.append({name: float(getattr(change, name)[row]) for name in Change.FIELDS})
+                bar.update(len(batch))
+        return changes
+
+    def _batches(
+        self, samples: Sequence[Sample], numbers: list[int], size: int, failed: list[str], bar: Any, skip: int
+    ) -> Iterator[tuple[list[int], list[Sample], list[list[Image.Image]]]]:
+        """Batches with their pictures opened; those that cannot be are left out."""
+        for start in range(0, len(numbers), size):
+            ready, pictures = [], []
+            for number in numbers[start : start + size]:
+                try:
+                    pictures.append(samples[number].pictures())
+                    ready.append(number)
+                except InputError as error:
+                    failed.append(f"{samples[number].name}: {error}")
+                    bar.update(skip)
+            if ready:
+                yield ready, [samples[number] for number in ready], pictures
+
+    def _measure(
+        self, batch: list[Sample], pictures: list[list[Image.Image]], progress: Callable[[], Any]
+    ) -> list[dict[str, Any]]:
+        probe = Probe(self.model, self._inputs(batch, pictures), self.settings["answer_tokens"])
+        effects = probe.effects(progress)
+        grey = [[Image.new("RGB", picture.size, (127, 127, 127)) for picture in row] for row in pictures]
+        blank = probe.with_inputs(self._inputs(batch, grey))
+        said = probe.plain.argmax(dim=-1)  # (B, T)
+        return [
+            {
+                "name": sample.name,
+                "question": sample.question,
+                "answer": self.processor.decode(said[row][probe.counted[row]], skip_special_tokens=True).strip(),
+                "answer_tokens": int(effects.answer_tokens[row]),
+                "tokens": dict(zip(QUERIES, effects.flow.counts[row].tolist(), strict=True)),
+                "mass": _plain(effects.flow.mass[row]),
+                "uniform": _plain(effects.flow.uniform[row]),
+                "contribution": {name: getattr(effects.frozen, name)[row].tolist() for name in Change.FIELDS},
+                "exit": {name: getattr(effects.exits, name)[row].tolist() for name in Change.FIELDS},
+                "blank": {name: getattr(blank, name)[row].item() for name in Change.FIELDS},
+            }
+            for row, sample in enumerate(batch)
+        ]
+
+    def _inputs(self, batch: list[Sample], pictures: list[list[Image.Image]]) -> Any:
+        inputs = chat_inputs(self.processor, [sample.question for sample in batch], pictures)
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def _path(self, number: int) -> Path:
+        return self.out / "samples" / f"{number:05}.json"
+
+    def _weights(self) -> str:
+        """What tells one default model from the next: its projector."""
+        if self.settings["model"] != "default":
+            return ""
+        from mllm.default_model import PROJECTOR
+
+        return hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()
+
+
+def _plain(values: Tensor) -> Any:
+    """Nested lists with None for NaN, which JSON does not know."""
+    if values.dim() == 0:
+        return None if math.isnan(value := values.item()) else value
+    return [_plain(value) for value in values]
+
+
+def _read_sample(path: Path) -> dict[str, Any] | None:
+    """A finished sample; None where there is none or its file is damaged, so that it is measured again."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "key" in record and "blank" in record else None
