@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from mllm.errors import EvalError
-from mllm.eval.analyze import KEYS, QUERIES, Change
+from mllm.eval.analyze import Change
+from mllm.eval.attention_flow import KEYS, QUERIES
 from mllm.eval.results import write_json
 from mllm.eval.stats import wilson
 

@@ -282,8 +282,8 @@ def analyze(
 
     Example: mllm analyze --model default --samples 32 --out runs/analysis --choose 8 --write configs/mine.yaml
     """
-    from mllm.eval.analyze import folder_samples, task_samples
     from mllm.eval.analyze import analyze as run_analysis
+    from mllm.eval.analyze import folder_samples, task_samples
     from mllm.eval.analyze_report import describe
 
     if images is None and question is not None:
