@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.attention import NAMES, STEP, Segment, additive, attend_segments
 from mllm.cost import LayerWork, ModelSpec
-from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
+from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, InputError, UnsupportedModelError
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout, valid_tokens
 from mllm.ragged import CACHE_STATE, CacheState, JoinedCache, Stash, check_cache_kind, lengths
@@ -89,7 +89,11 @@ class Step:
         self.scratch: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[str, Any]] = {}
         self.revived = self._revive(layout)
-        self._entering = set() if self.revived is None else set(self.revived.layer.tolist())
+        self._entering = set() if self.revived is None else set(self.revived.layer.unique().tolist())
+        if self.revived is not None and whole:
+            raise UnsupportedModelError(
+                "output_hidden_states=True: rows of an earlier turn that enter again have no place there. Ask without."
+            )
         self.layout = layout = self._extended(layout)
         self.width = layout.visual.shape[1]  # of the call's own tokens and those that came back
         self.opened: tuple[Opened, ...] = ()
@@ -168,14 +172,16 @@ class Step:
         if self.revived is None:
             return layout
         stash = self.revived.stash
+        count = stash.valid.shape[1]
         return TokenLayout(
             torch.cat([stash.valid, layout.visual], dim=1),
             torch.cat([stash.valid, layout.valid], dim=1),
             layout.past_length,
-            None if layout.roles is None else layout.roles.padded(stash.valid.shape[1]),
-            stash.valid.shape[1],
+            None if layout.roles is None else layout.roles.padded(count),
+            count,
             stash.image,
-            None if layout.markers is None else nn.functional.pad(layout.markers, (stash.valid.shape[1], 0)),
+            None if layout.markers is None else nn.functional.pad(layout.markers, (count, 0)),
+            None if layout.ids is None else nn.functional.pad(layout.ids, (count, 0), value=-1),
         )
 
     def _numbers(self) -> Tensor:
@@ -205,7 +211,7 @@ class Step:
 
     def enter(self, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Prepare ``kwargs`` for layer ``number`` and return the rows that run it, (B, active, D)."""
-        policy = self.engine.policies[number] if self.visual else None
+        policy = self.engine.policies[number] if self.visual or self.revived is not None else None
         if number == 0:
             self._start(hidden)
         rotary = self._tables(kwargs["position_embeddings"])
@@ -273,6 +279,11 @@ class Step:
     def _tables(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all rows, (B or 1, S, head_dim)."""
         if self._rotary is None:
+            if rotary[0].shape[-2] != self.new:  # Qwen does so for a second turn without position_ids
+                raise InputError(
+                    f"The model made positions for {rotary[0].shape[-2]} tokens in a call of {self.new}. Give "
+                    "position_ids of the new tokens, as generate does."
+                )
             if self.revived is not None:
                 stash = self.revived.stash
                 rotary = tuple(
@@ -286,7 +297,9 @@ class Step:
         """Let rows in that come back here, and ask the techniques which rows stay."""
         spec, layout = self.engine.spec, self.layout
         if number in self._entering:
-            entering = (self.revived.layer == number)[:, None] & (self._numbers() < layout.revived)  # (B, S)
+            layer = self.revived.layer if self.revived.layer.ndim == 2 else self.revived.layer[:, None]
+            entering = (layer == number).expand(-1, layout.revived)  # (B, revived)
+            entering = nn.functional.pad(entering, (0, self.new), value=False)  # (B, S)
             self.reduced = self.reduced | (entering & layout.valid)
         if not (self.visual or self.revived is not None):
             return
@@ -304,8 +317,9 @@ class Step:
                 self._spend,
                 self.engine.modules.get(technique),
                 self.store.setdefault(key, {}),
+                self.scratch.setdefault(key, {}),
                 self.outputs.setdefault(technique.name, {}),
-                partial(self._stash, hidden),
+                partial(self._stash, number, hidden),
                 partial(self._evict_later, number),
             )
             keep = technique.keep(view)
@@ -324,13 +338,13 @@ class Step:
     def _states(self, hidden: Tensor) -> Tensor:
         return hidden if self.whole else self._restore(self.split, hidden)
 
-    def _stash(self, hidden: Tensor, wanted: Tensor) -> Stash:
+    def _stash(self, number: int, hidden: Tensor, wanted: Tensor) -> Stash:
         rows = Rows.select(wanted, wanted.sum(dim=1).tolist())
         cos, sin = (rows.take(table, self.batch) for table in self._rotary)
         valid = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
         states = rows.take(self._states(hidden), self.batch)
         image = rows.take(self.layout.image_index, self.batch)
-        return Stash(self._columns_of(rows), valid, states, cos, sin, image)
+        return Stash(self._columns_of(rows), valid, states, cos, sin, image, torch.full_like(image, number))
 
     def _evict_later(self, number: int, rows: Tensor) -> None:
         self.evicted.append((number, rows))
@@ -363,10 +377,6 @@ class Step:
         """(B, S, D) all rows at their places: the travelling, the passive, and the others as they were left."""
         if split.is_whole:
             return hidden
-        if self.whole and self.revived is not None:
-            raise UnsupportedModelError(
-                "output_hidden_states=True: rows of an earlier turn that enter again have no place there. Ask without."
-            )
         full = split.active.put(self._full, hidden)
         return full if split.passive is None else split.passive.put(full, self._passive)
 
@@ -843,9 +853,10 @@ class Engine:
             tokens = input_ids if input_ids is not None else embeds[..., 0]
             parts = self.parts
             layout = TokenLayout.from_inputs(parts.token_ids, tokens, mask, past_length, visual, parts.marker_ids)
-            if self.chat is None or input_ids is None or tokens.shape[1] == 1:
+            if input_ids is None:
                 return layout
-            return replace(layout, roles=self.chat.roles(input_ids, layout.valid))
+            known = self.chat is not None and tokens.shape[1] > 1
+            return replace(layout, ids=input_ids, roles=self.chat.roles(input_ids, layout.valid) if known else None)
         # embeddings with separate image features: placeholders are told by their embedding, as the model does
         found = self._find(self.parts.token_ids, embeds)  # (B, S)
         markers = self._find(self.parts.marker_ids, embeds) if self.parts.marker_ids else None
@@ -978,8 +989,14 @@ class Handle:
     """
 
     def __init__(self, stack: Stack, model: nn.Module, processor: Any = None, freeze: bool = True) -> None:
+        from mllm.saving import check_base
+
         parts = find_parts(model)
         spec = ModelSpec.from_config(parts.text_config)
+        for technique in stack.techniques:  # arguments that were trained for another model need not fit this one
+            learned = getattr(technique, "learned", None)
+            if learned is not None:
+                check_base(learned.base_model, parts.model, learned.source)
         stack.check(spec)
         for hook in parts.base._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), Engine):

@@ -24,6 +24,7 @@ class TokenLayout:
         revived: tokens of earlier calls that came back; they are the first ones.
         revived_images: (B, revived) long, which image each of those belongs to.
         markers: (B, S) bool, text tokens that open or close a visual block; None where the family has none.
+        ids: (B, S) long, token ids where they are known; -1 for tokens of earlier calls.
     """
 
     visual: Tensor
@@ -33,6 +34,7 @@ class TokenLayout:
     revived: int = 0
     revived_images: Tensor | None = None
     markers: Tensor | None = None
+    ids: Tensor | None = None
 
     @property
     def text(self) -> Tensor:

@@ -6,7 +6,7 @@ A layer holds keys for the rows that were alive in it. Which rows those are trav
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class Stash:
         states: (B, R, D) residual stream as it was when they left.
         cos, sin: (B, R, head_dim) their rotary tables.
         image: (B, R) long, which image of its row each belongs to.
+        layer: (B, R) long, the layer that they were about to enter.
     """
 
     columns: Tensor
@@ -107,10 +108,20 @@ class Stash:
     cos: Tensor
     sin: Tensor
     image: Tensor
+    layer: Tensor
 
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in (self.states, self.cos, self.sin))
+
+    def joined(self, other: Stash) -> Stash:
+        """The rows of both that are no fillers, this one's first."""
+        names = [item.name for item in fields(self)]
+        both = {name: torch.cat([getattr(self, name), getattr(other, name)], dim=1) for name in names}
+        valid = both.pop("valid")  # (B, R + R')
+        rows = Rows.select(valid, valid.sum(dim=1).tolist())
+        kept = {name: rows.take(value, valid.shape[0]) for name, value in both.items()}
+        return Stash(valid=rows.take(valid, valid.shape[0]), **kept)
 
 
 def lengths(cache: Cache) -> list[int]:

@@ -181,16 +181,19 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], di
     return entries, saved, tensors
 
 
-def _learned(folder: Path, number: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> LearnedWeights:
+def _learned(folder: Path, number: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> LearnedWeights | None:
     prefix = f"{number}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    if not own:
-        raise LoadError(f"{folder} holds no learned weights ({WEIGHTS_NAME}) for its technique. Save it again.")
-    return LearnedWeights(own, saved, str(folder))
+    return LearnedWeights(own, saved, str(folder)) if own else None
 
 
-def read_learned(folder: str | Path, name: str) -> tuple[dict[str, Any], LearnedWeights]:
-    """Arguments and weights of the technique ``name`` in a folder.
+def no_weights(folder: str | Path) -> LoadError:
+    """What is wrong with a folder whose technique has learned parts, but none are in it."""
+    return LoadError(f"{folder} holds no learned weights ({WEIGHTS_NAME}) for its technique. Save it again.")
+
+
+def read_learned(folder: str | Path, name: str) -> tuple[dict[str, Any], LearnedWeights | None]:
+    """Arguments and weights of the technique ``name`` in a folder; None where it holds no weights for it.
 
     Raises:
         LoadError: no such folder, a broken or pickled file in it, or no such technique.
@@ -225,7 +228,10 @@ def load_techniques(folder: str | Path, model: nn.Module | None = None) -> Stack
     for number, entry in enumerate(entries):
         arguments = {key: value for key, value in entry.items() if key != "technique"}
         technique = get_technique(entry["technique"])(**arguments)
-        if isinstance(technique, TrainedTechnique):
-            technique = technique.with_learned(_learned(folder, number, saved, tensors))
+        if isinstance(technique, TrainedTechnique) and technique.learns:
+            learned = _learned(folder, number, saved, tensors)
+            if learned is None:
+                raise no_weights(folder)
+            technique = technique.with_learned(learned)
         techniques.append(technique)
     return Stack(*techniques)

@@ -76,7 +76,7 @@ class Revived:
 
     Attributes:
         stash: the rows and their states.
-        layer: (B,) long, first layer that they enter, per batch row.
+        layer: first layer that they enter, (B,) long per batch row, or (B, R) for each of them.
     """
 
     stash: Stash
@@ -96,6 +96,7 @@ class LayerView:
         spend: books FLOPs that the technique itself uses.
         module: the technique's learned parts, where it has some.
         store: what the technique keeps for later calls on the same cache; empty at first.
+        scratch: what the technique keeps within this call, for all of its layers.
         output: what the technique tells the :class:`~mllm.run.Run` about this call, by name.
         stash: keeps the rows where a (B, S) mask is True, as they enter this layer, for a later call.
         evict: forgets, once the call has ended, the keys that earlier layers hold of the rows where a (B, S) mask is
@@ -110,6 +111,7 @@ class LayerView:
     spend: Callable[[int], None]
     module: nn.Module | None
     store: dict[str, Any]
+    scratch: dict[str, Any]
     output: dict[str, Any]
     stash: Callable[[Tensor], Stash]
     evict: Callable[[Tensor], None]
@@ -329,13 +331,18 @@ class TrainedTechnique(Technique):
     _learned: LearnedWeights | None = PrivateAttr(default=None)
 
     def __init__(self, **arguments: Any) -> None:
-        learned = None
+        learned, folder = None, None
         if arguments.get("weights") is not None:
-            from mllm.saving import read_learned
+            from mllm.saving import no_weights, read_learned
 
-            saved, learned = read_learned(arguments["weights"], type(self).name)
-            arguments = {**saved, **arguments, "weights": str(arguments["weights"])}
+            folder = str(arguments["weights"])
+            saved, learned = read_learned(folder, type(self).name)
+            arguments = {**saved, **arguments, "weights": folder}
+            if learned is None:
+                del arguments["weights"]
         super().__init__(**arguments)
+        if learned is None and folder is not None and self.learns:
+            raise no_weights(folder)
         self._learned = learned
 
     @classmethod
@@ -347,6 +354,11 @@ class TrainedTechnique(Technique):
                 the model at hand is checked when it is attached.
         """
         return cls(**{**arguments, "weights": str(folder)})
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has learned parts with these arguments."""
+        return True
 
     @property
     def learned(self) -> LearnedWeights | None:

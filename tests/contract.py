@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from dyvte_reference import draw_extras, gate_extras
 from reference import Extras, Prompt, reference_logits
 from tiny import FAMILIES, row, tiny_inputs, tiny_model, tiny_processor, visual_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,7 +79,7 @@ def with_random_weights(stack: Stack, model, seed: int = 0, scale: float = 0.3) 
     generator = torch.Generator().manual_seed(seed)
     techniques = []
     for technique in stack.techniques:
-        if isinstance(technique, TrainedTechnique):
+        if isinstance(technique, TrainedTechnique) and technique.learns:
             tensors = {
                 name: torch.randn(value.shape, generator=generator) * scale
                 for name, value in technique.build(spec).state_dict().items()
@@ -184,6 +185,43 @@ CASES: dict[str, Case] = {
         Stack(FreezeVisual(layers="1:4"), DyVTE(exit_layer=3)),
         Stack(FreezeVisual(layers=[]), DyVTE(exit_layer=LAYERS - 1)),
         {"policy": "freeze", "policy_layers": (1, 2, 3), "exit_after": 3},
+    ),
+    # gates: each row of a batch leaves at its own layer; rows without a question leave after the last one allowed
+    "DyVTE light": Case(
+        Stack(DyVTE(gate="light", threshold=0.6, min_exit_layer=1, max_exit_layer=4)),
+        Stack(DyVTE(gate="light", threshold=1.0)),
+        lambda model, stack: {"extras": gate_extras(model, stack.techniques[0], [1, 2, 3], 4)},
+        labels=lambda model, inputs: before_images(model, inputs),
+    ),
+    "DyVTE paper": Case(
+        Stack(DyVTE(gate="paper", candidate_layers=[0, 2, 3, 4])),
+        Stack(DyVTE(gate="paper", threshold=1.0)),
+        lambda model, stack: {"extras": gate_extras(model, stack.techniques[0], [0, 2, 3, 4])},
+        labels=lambda model, inputs: before_images(model, inputs),
+    ),
+    "DyVTE histogram": Case(
+        Stack(DyVTE(histogram=[1, 2, 2, 1, 1, 0], seed=1)),
+        Stack(DyVTE(histogram=[0, 0, 0, 0, 0, 1])),
+        lambda model, stack: {"extras": draw_extras(model, stack.techniques[0])},
+    ),
+    "NAAViT, DyVTE light": Case(
+        Stack(NAAViT(), DyVTE(gate="light", hidden=16, max_exit_layer=3, recoverable=True)),
+        Stack(NAAViT(layers=[]), DyVTE(gate="light", threshold=1.0)),
+        lambda model, stack: {
+            "policy": "naavit",
+            "extras": gate_extras(model, stack.techniques[1], [0, 1, 2], 3),
+        },
+        labels=lambda model, inputs: before_images(model, inputs),
+    ),
+    "FreezeVisual, DyVTE light": Case(
+        Stack(FreezeVisual(layers="1:5"), DyVTE(gate="light", min_exit_layer=2, max_exit_layer=4)),
+        Stack(FreezeVisual(layers=[]), DyVTE(gate="light", candidate_layers=[])),
+        lambda model, stack: {
+            "policy": "freeze",
+            "policy_layers": (1, 2, 3, 4),
+            "extras": gate_extras(model, stack.techniques[1], [2, 3], 4),
+        },
+        labels=lambda model, inputs: before_images(model, inputs),
     ),
     "MMA": Case(
         Stack(ModalityMutualAttention()),

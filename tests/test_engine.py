@@ -16,8 +16,9 @@ from tiny import FAMILIES, tiny_image, tiny_inputs, tiny_model, tiny_processor, 
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from mllm import Stack, TokenLayout
-from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, UnsupportedModelError
+from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, InputError, UnsupportedModelError
 from mllm.families import find_parts
+from mllm.ragged import Stash
 from mllm.rows import Rows, key_order
 from mllm.technique import Technique
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
@@ -253,6 +254,39 @@ def test_static_caches_are_refused():
     model, inputs = prepared()
     with DyVTE(exit_layer=2)(model), pytest.raises(UnsupportedModelError, match=r"StaticLayer.*cache_implementation"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+@given(masks, st.data())
+def test_joined_stashes_hold_the_rows_of_both(first, data):
+    both = []
+    for number in range(2):
+        width = data.draw(st.integers(1, 6))
+        valid = [[data.draw(st.booleans()) for _ in range(width)] for _ in first]
+        columns = torch.arange(len(first) * width).view(len(first), width) + 1000 * number
+        parts = [columns[..., None].float() + part for part in range(3)]
+        both.append(Stash(columns, torch.tensor(valid), *parts, columns + 3, columns + 4))
+    joined = both[0].joined(both[1])
+    for row in range(len(first)):
+        wanted = torch.cat([stash.columns[row][stash.valid[row]] for stash in both])
+        kept = joined.valid[row]
+        assert torch.equal(joined.columns[row][kept], wanted)
+        assert torch.equal(joined.sin[row][kept][:, 0], wanted.float() + 2)
+        assert torch.equal(joined.layer[row][kept], wanted + 4)
+
+
+def test_positions_of_another_length_are_refused():
+    """Qwen's model, called by hand with a cache and a mask but no positions, makes them for all tokens so far."""
+    model, inputs = prepared("qwen2_5_vl")
+    processor = tiny_processor("qwen2_5_vl")
+    text = "<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n"
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    mask = torch.ones(1, inputs["input_ids"].shape[1] + ids.shape[1], dtype=torch.long)
+    cache = DynamicCache(config=model.config.get_text_config())
+    technique = DyVTE(gate="light", max_exit_layer=2, recoverable=True)
+    with technique(model, processor), torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(InputError, match="position_ids of the new tokens"):
+            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
 
 class Forgetful(Technique):
