@@ -444,6 +444,7 @@ class Step:
         channels = technique.channels(number, self._key_positions(number), self.engine.modules[technique])
         if channels is None:
             return None
+        self._spend(4 * batch * self.splits[number].active.length * length * self.engine.spec.q_width)
         padded = nn.functional.pad(channels.to(key.dtype), (0, head_dim - channels.shape[-1]))  # (B, K, head_dim)
         values = padded[:, None].expand(batch, kv_heads, length, head_dim)
         return run(values)[..., : channels.shape[-1]].sum(dim=2)
@@ -479,8 +480,13 @@ class Step:
             self.scratch.setdefault(key, {}),
             self._spend,
             partial(self._extend, number, key),
+            partial(self._report, technique),
+            self.cache is not None,
         )
         return output + technique.branch(view).to(output.dtype)
+
+    def _report(self, technique: Technique, name: str, number: int, value: Tensor) -> None:
+        self.outputs.setdefault(technique.name, {}).setdefault(name, {})[number] = value
 
     def _extend(self, number: int, key: str, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A branch's own cache lies in the cache object too, behind the model's layers: beams and crops reach it."""
@@ -492,6 +498,8 @@ class Step:
         index = self.engine.spec.layers + self.branches.index(place)
         while len(self.cache.layers) <= index:
             self.cache.layers.append(DynamicLayer())
+        if not keys.shape[2]:  # nothing new: what is held is not copied
+            return self.cache.layers[index].keys, self.cache.layers[index].values
         return self.cache.layers[index].update(keys, values)
 
     def _segments(self, split: Split, past: Rows) -> tuple[Segment, ...] | None:
@@ -660,8 +668,7 @@ class Step:
                 )
             counts = self.visual_per_layer or [layout.visual.sum(dim=1)] * layers
             engine.run.record_visual(layout.visual.sum(dim=1), counts)
-            engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
-        elif self.revived is not None:
+        if self.visual or self.new > 1:  # what was read, not each token that is written
             engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
         if self.idle:
             self.work[LayerWork(self.batch * self.new, self.batch * self.new * length)] = layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +190,32 @@ def _learned(folder: Path, number: int, saved: dict[str, Any], tensors: dict[str
 def no_weights(folder: str | Path) -> LoadError:
     """What is wrong with a folder whose technique has learned parts, but none are in it."""
     return LoadError(f"{folder} holds no learned weights ({WEIGHTS_NAME}) for its technique. Save it again.")
+
+
+def read_tensors(
+    source: str | Path | Mapping[str, Tensor], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """Tensors of a state dict, a ``.safetensors`` file or a folder of such files, those whose names are wanted.
+
+    Raises:
+        LoadError: nothing like that is there, or it cannot be read; pickled checkpoints are refused.
+    """
+    if isinstance(source, Mapping):
+        return {name: value for name, value in source.items() if wanted(name)}
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or any(file.suffix != ".safetensors" or not file.exists() for file in files):
+        raise LoadError(f"{source} is no .safetensors file and no folder with one. Pickled checkpoints are refused.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{file} cannot be read: {error}") from error
+    return tensors
 
 
 def read_learned(folder: str | Path, name: str) -> tuple[dict[str, Any], LearnedWeights | None]:

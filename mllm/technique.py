@@ -136,6 +136,8 @@ class BranchView:
         spend: books FLOPs that the technique itself uses.
         extend: ``keys, values = extend(name, keys, values)``: adds to the branch's own cache of this layer, under a
             name, and returns all that it holds, (B, heads, N, head_dim) each; what was given where nothing is cached.
+        report: ``report(name, layer, value)`` tells the :class:`~mllm.run.Run`, in ``outputs``.
+        cached: whether the call has a key/value cache.
     """
 
     layer: int
@@ -151,6 +153,8 @@ class BranchView:
     scratch: dict[str, Any]
     spend: Callable[[int], None]
     extend: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+    report: Callable[[str, int, Tensor], None]
+    cached: bool
 
 
 def _parse_layers(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from dyvte_reference import draw_extras, gate_extras
+from lorra_reference import lorra_options
 from reference import Extras, Prompt, reference_logits
 from tiny import FAMILIES, row, tiny_inputs, tiny_model, tiny_processor, visual_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +22,7 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mllm import Stack, Technique, load_techniques
-from mllm.adapters import ModalityMutualAttention
+from mllm.adapters import LoRRA, ModalityMutualAttention
 from mllm.cost import ModelSpec
 from mllm.engine import Step
 from mllm.errors import DidNotFireError, LoadError, UnsupportedModelError
@@ -45,6 +46,7 @@ class Case:
         saves: whether fewer FLOPs are spent than without.
         labels: which text may be trained on, ``labels(model, inputs)`` -> (B, S) bool; None: all.
         kinds: inputs that show it, by the names of those that show the others.
+        scale: of the random numbers in learned parts: large enough to show, small enough for float32 to agree.
     """
 
     stack: Stack
@@ -53,10 +55,11 @@ class Case:
     saves: bool = True
     labels: Callable[[Any, Any], torch.Tensor] | None = None
     kinds: dict[str, str] = field(default_factory=dict)
+    scale: float = 0.3
 
     def on(self, model) -> Stack:
         """The stack with learned parts for this model."""
-        return with_random_weights(self.stack, model)
+        return with_random_weights(self.stack, model, scale=self.scale)
 
     def options(self, model) -> dict[str, Any]:
         """What the naive reference must do on this model."""
@@ -223,6 +226,7 @@ CASES: dict[str, Case] = {
         },
         labels=lambda model, inputs: before_images(model, inputs),
     ),
+    "LoRRA": Case(Stack(LoRRA(rank=3, router_length=512)), None, lorra_options, saves=False, scale=0.15),
     "MMA": Case(
         Stack(ModalityMutualAttention()),
         Stack(),

@@ -44,7 +44,7 @@ from mllm.cost import ModelSpec
 from mllm.errors import ConfigError, InputError, LoadError
 from mllm.layout import TokenLayout
 from mllm.rows import Rows
-from mllm.saving import LearnedWeights
+from mllm.saving import LearnedWeights, read_tensors
 from mllm.technique import LayerView, Revived, Technique, TrainedTechnique, register
 
 _SCORES = 1 << 24  # similarities that are held at a time
@@ -367,9 +367,7 @@ class URaG(TrainedTechnique):
         renamings = [WeightRenaming(f"proj_layer.{old}", new) for old, new in (("0", "first"), ("2", "second"))]
         names = [f"{part}.{kind}" for part in ("first", "second") for kind in ("weight", "bias")]
         tensors, given = {}, {}
-        for key, value in _read(source).items():
-            if key.split(".")[0] in _MODEL:
-                continue
+        for key, value in read_tensors(source, lambda key: key.split(".")[0] not in _MODEL).items():
             name = key
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
@@ -400,27 +398,6 @@ class URaG(TrainedTechnique):
             raise LoadError(f"{where} has a head of {shape}; {wrong} were asked for. Leave them out.")
         tensors = {name: tensors[name].detach().cpu() for name in names}
         return cls(**{**arguments, **shape}).with_learned(LearnedWeights(tensors, {}, where))
-
-
-def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a state dict, a file, or a folder; of files only those that may be the head's."""
-    if isinstance(source, Mapping):
-        return source
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(source)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or any(file.suffix != ".safetensors" or not file.exists() for file in files):
-        raise LoadError(f"{source} is no .safetensors file and no folder with one. Pickled checkpoints are refused.")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                names = [name for name in opened.keys() if name.split(".")[0] not in _MODEL]  # noqa: SIM118
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{file} cannot be read: {error}") from error
-    return tensors
 
 
 def _came_back(layout: TokenLayout) -> Tensor:
