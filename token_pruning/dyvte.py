@@ -426,7 +426,7 @@ class DyVTE(TrainedTechnique):
             view.output["probabilities"][done] = [
                 _sigmoid(score) if o else None for o, score in zip(open_, scores[0], strict=True)
             ]
-            going = [o and score > _logit(self.threshold) for o, score in zip(open_, scores[0], strict=True)]
+            going = [o and score > logit(self.threshold) for o, score in zip(open_, scores[0], strict=True)]
         for row, goes in enumerate(going):
             if goes:
                 told[row] = done
@@ -509,7 +509,7 @@ def _sigmoid(score: float) -> float:
     return (1.0 if score >= 0 else small) / (1.0 + small)
 
 
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
     if probability in (0.0, 1.0):
         return math.copysign(math.inf, probability - 0.5)
     return math.log(probability) - math.log1p(-probability)
