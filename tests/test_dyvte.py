@@ -21,7 +21,8 @@ from mllm.layout import TokenLayout
 from mllm.roles import Roles
 from mllm.saving import LearnedWeights, fingerprint
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
-from mllm.token_pruning.dyvte import PREFIX, exit_histogram, gate_features, image_marks, read_prompts
+from mllm.token_pruning.dyvte import exit_histogram, image_marks
+from mllm.token_pruning.dyvte_gates import PREFIX, gate_features, read_prompts
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_backend = pytest.mark.parametrize("attn", ["eager", "sdpa"])

@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -52,13 +51,22 @@ from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
 from mllm.cost import ModelSpec
-from mllm.errors import ConfigError, InputError, LoadError
+from mllm.errors import ConfigError, InputError
 from mllm.layout import TokenLayout
 from mllm.ragged import Stash
 from mllm.run import Report, Run
 from mllm.technique import Layers, LayerView, Revived, Technique, TrainedTechnique, check_layers, register
+from mllm.token_pruning.dyvte_gates import (
+    Gates,
+    gate_features,
+    last_header,
+    last_marked,
+    load_gates,
+    logit,
+    read_prompts,
+    sigmoid,
+)
 
-PREFIX = "model.visual_gates_router."  # of the gates in the authors' checkpoints
 _HIDDEN = {"light": 128, "paper": 2048}
 _MODES: dict[str, tuple[str, ...]] = {  # what chooses the exit, and the arguments that belong to it
     "exit_layer": (),
@@ -67,71 +75,6 @@ _MODES: dict[str, tuple[str, ...]] = {  # what chooses the exit, and the argumen
 }
 
 Layer = Annotated[int, Strict(), Field(ge=0)]
-
-
-class Gate(nn.Module):
-    """W2 GELU(W1 f): (..., 2D) features to (..., 2) scores of staying and of leaving."""
-
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(2 * width, hidden, bias=bias)
-        self.w2 = nn.Linear(hidden, 2, bias=bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.w2(nn.functional.gelu(self.w1(features)))
-
-
-class Gates(nn.Module):
-    """The gates of some layers; fresh light ones let nobody go.
-
-    Args:
-        layers: which layers have one.
-        width: of the residual stream.
-        hidden: units.
-        light: normalised features and biases; otherwise as in the paper.
-    """
-
-    def __init__(self, layers: Iterable[int], width: int, hidden: int, light: bool) -> None:
-        super().__init__()
-        self.light = light
-        self.visual_gates_router = nn.ModuleDict({str(layer): Gate(width, hidden, light) for layer in layers})
-        for gate in self.visual_gates_router.values():
-            if light:
-                nn.init.zeros_(gate.w2.weight)
-                nn.init.zeros_(gate.w2.bias)
-            else:
-                nn.init.xavier_uniform_(gate.w1.weight)
-                nn.init.xavier_uniform_(gate.w2.weight)
-
-    def forward(self, features: Tensor, layer: int) -> Tensor:
-        """(...) score of leaving minus score of staying after ``layer``, from (..., 2, D) features [a, z]."""
-        gate = self.visual_gates_router[str(layer)]
-        if self.light:
-            features = features * (features.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()  # (..., 2, D)
-        stay, leave = gate(features.flatten(-2).to(gate.w1.weight.dtype)).float().unbind(dim=-1)
-        return leave - stay
-
-
-def read_prompts(layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """What gates read of each row, wherever its padding stands.
-
-    Returns:
-        (B, S) bool, the text that is averaged; (B,) long, the prompt's last token; (B,) bool, whether there is
-        anything to ask: the header of an answer behind the last image.
-    """
-    columns = torch.arange(layout.visual.shape[1], device=layout.visual.device)
-    last, image = _last_header(layout), _last(layout.visual)  # (B,)
-    averaged = layout.text & (columns > image[:, None]) & (columns < last[:, None])  # (B, S)
-    return averaged, last.clamp(min=0), (last > image) & (image >= 0)
-
-
-def gate_features(states: Tensor, averaged: Tensor, last: Tensor) -> Tensor:
-    """(B, 2, D) float32 features [a, z] of a residual stream (B, S, D)."""
-    rows = torch.arange(states.shape[0], device=states.device)
-    last = states[rows, last].float()  # (B, D)
-    count = averaged.sum(dim=1, keepdim=True)  # (B, 1)
-    total = states.float().masked_fill(~averaged[:, :, None], 0.0).sum(dim=1)  # (B, D)
-    return torch.stack([torch.where(count > 0, total / count.clamp(min=1), last), last], dim=1)
 
 
 @register
@@ -182,7 +125,7 @@ class DyVTE(TrainedTechnique):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("hidden") is None and given.get("gate") in _HIDDEN:
+        if isinstance(given, dict) and given.get("hidden") is None and str(given.get("gate")) in _HIDDEN:
             return {**given, "hidden": _HIDDEN[given["gate"]]}
         return given
 
@@ -233,13 +176,7 @@ class DyVTE(TrainedTechnique):
         Raises:
             LoadError: no such file, gates missing, unknown or of the wrong shape.
         """
-        from mllm.saving import LearnedWeights, fingerprint
-
-        name = "the state dict" if isinstance(source, Mapping) else str(source)
-        tensors = _read_gates(source, name)
-        hidden = _check_gates({key: tuple(value.shape) for key, value in tensors.items()}, name, model)
-        tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
-        learned = LearnedWeights(tensors, {} if model is None else fingerprint(model), name)
+        hidden, learned = load_gates(source, model)
         return cls(gate="paper", hidden=hidden, **arguments).with_learned(learned)
 
     # --- what the engine asks before running -------------------------------------------------------------------------
@@ -365,8 +302,8 @@ class DyVTE(TrainedTechnique):
         layout, ends = view.layout, list(accumulate(self.histogram))
         if layout.ids is None:
             raise InputError("DyVTE: histogram draws by token ids. Call the model with input_ids, not inputs_embeds.")
-        image = _last(layout.visual)  # (B,)
-        last = torch.maximum(_last_header(layout), image)  # (B,) what comes later is an answer
+        image = last_marked(layout.visual)  # (B,)
+        last = torch.maximum(last_header(layout), image)  # (B,) what comes later is an answer
         width = layout.visual.shape[1]
         read = layout.valid & (torch.arange(width, device=image.device) <= last[:, None])  # (B, S)
         facts = torch.cat([layout.ids, read.long(), image[:, None], image_marks(view.states(), layout.visual)], dim=1)
@@ -424,7 +361,7 @@ class DyVTE(TrainedTechnique):
             # p > threshold, compared where nothing is rounded to 0 or 1
             open_ = [stays and bool(a) for stays, a in zip(staying, asked, strict=True)]
             view.output["probabilities"][done] = [
-                _sigmoid(score) if o else None for o, score in zip(open_, scores[0], strict=True)
+                sigmoid(score) if o else None for o, score in zip(open_, scores[0], strict=True)
             ]
             going = [o and score > logit(self.threshold) for o, score in zip(open_, scores[0], strict=True)]
         for row, goes in enumerate(going):
@@ -489,75 +426,6 @@ def image_marks(states: Tensor, visual: Tensor, count: int = 8) -> Tensor:
     return number.masked_fill(~largest, visual.shape[1] + 1).amin(dim=1)  # the first of equal ones
 
 
-def _last(marked: Tensor) -> Tensor:
-    """(B,) long, column of the last marked token of (B, S); -1 without any."""
-    return torch.arange(marked.shape[1], device=marked.device).where(marked, -1).amax(dim=1)
-
-
-def _last_header(layout: TokenLayout) -> Tensor:
-    """(B,) long, column of the last token of the last answer's header; -1 without one."""
-    return _last(torch.zeros_like(layout.visual) if layout.roles is None else layout.roles.assistant_header)
-
-
 def _mask(rows: list[bool], view: LayerView) -> Tensor:
     """(B, 1) bool."""
     return torch.tensor(rows, device=view.alive.device)[:, None]
-
-
-def _sigmoid(score: float) -> float:
-    small = math.exp(-abs(score))
-    return (1.0 if score >= 0 else small) / (1.0 + small)
-
-
-def logit(probability: float) -> float:
-    if probability in (0.0, 1.0):
-        return math.copysign(math.inf, probability - 0.5)
-    return math.log(probability) - math.log1p(-probability)
-
-
-def _read_gates(source: str | Path | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of gates, by their full names; other tensors are not read."""
-    if isinstance(source, Mapping):
-        return {key: value.detach().cpu() for key, value in source.items() if "visual_gates" in key}
-    from safetensors import SafetensorError, safe_open
-
-    path, tensors = Path(source), {}
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                keys = [key for key in opened.keys() if "visual_gates" in key]  # noqa: SIM118, not a dict
-                tensors |= {key: opened.get_tensor(key) for key in keys}
-    except (OSError, SafetensorError) as error:
-        raise LoadError(f"{name} cannot be read as safetensors: {error}. Give a .safetensors file.") from error
-    return tensors
-
-
-def _check_gates(shapes: dict[str, tuple[int, ...]], name: str, model: nn.Module | None) -> int:
-    """Raise LoadError where these are not the paper's gates, of ``model`` where it is given; their hidden units."""
-    pattern = re.compile(re.escape(PREFIX) + r"(\d+)\.w[12]\.weight")
-    depth = 1 + max((int(found[1]) for key in shapes if (found := pattern.fullmatch(key))), default=0)
-    first = shapes.get(f"{PREFIX}0.w1.weight", ())
-    hidden, double = first if len(first) == 2 else (0, 0)
-    if model is not None:
-        spec = ModelSpec.from_config(model.config.get_text_config(decoder=True))
-        depth, double = spec.layers, 2 * spec.hidden
-    wanted = {}
-    for layer in range(depth):
-        wanted |= {f"{PREFIX}{layer}.w1.weight": (hidden, double), f"{PREFIX}{layer}.w2.weight": (2, hidden)}
-    faults = {
-        "lacks": [key for key in wanted if key not in shapes],
-        "holds what is no gate of this model:": [key for key in shapes if key not in wanted],
-        "holds gates of the wrong shape:": [
-            f"{key}, {shapes[key]} instead of {shape}"
-            for key, shape in wanted.items()
-            if key in shapes and shapes[key] != shape
-        ],
-    }
-    for fault, keys in faults.items():
-        if keys:
-            raise LoadError(
-                f"{name} {fault} {'; '.join(keys[:4])}{'; ...' if len(keys) > 4 else ''}. Gates are "
-                f"{PREFIX}{{layer}}.w1.weight (hidden, 2 * width) and .w2.weight (2, hidden), for each layer."
-            )
-    return hidden

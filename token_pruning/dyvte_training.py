@@ -42,7 +42,8 @@ from mllm.layout import TokenLayout
 from mllm.roles import ChatFormat
 from mllm.saving import fingerprint, save_techniques
 from mllm.technique import Stack
-from mllm.token_pruning.dyvte import DyVTE, Gates, logit, read_prompts
+from mllm.token_pruning.dyvte import DyVTE
+from mllm.token_pruning.dyvte_gates import Gates, logit, read_prompts
 from mllm.training import Options, Recipe
 
 CURVE, PICTURE = "exits.json", "exits.png"
@@ -487,7 +488,7 @@ class GateRecipe(Recipe):
         self.model, self.processor, self.options = model, processor, options
         self.own = options.read(GateOptions)
         if options.smoke:
-            small = {"samples": 8, "held_out": 8, "shard": 4}
+            small = {"samples": 4, "held_out": 4, "shard": 2}
             self.own = self.own.model_copy(update={k: v for k, v in small.items() if k not in options.own})
         self.rule = LabelRule(self.own.agreement, self.own.ce_ratio, self.own.max_kl)
         given = options.arguments
