@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import close, extend, logits, text_rows, with_random_weights
+from contract import close, counted_flops, extend, logits, text_rows, with_random_weights
 from dyvte_reference import drawn_exit, last_header, probability, several_turns
 from reference import prompts, reference_states
 from safetensors.torch import save_file
@@ -290,6 +290,19 @@ def test_prediction_equals_the_run(family, limit):
     assert (run.flops, run.dense_flops, run.kv_bytes) == (cost.flops, cost.dense_flops, cost.kv_bytes)
     assert cost.parameters == sum(value.numel() for value in technique.learned.tensors.values())
     assert predict(Stack(technique), spec, 10, 0).flops == predict(Stack(), spec, 10, 0).flops
+
+
+@pytest.mark.parametrize("gate", ["light", "paper"])
+def test_gates_are_booked_to_the_last_flop(gate):
+    model, processor, inputs = prepared()
+    technique = trained(model, gate=gate, threshold=1.0)
+    plain = counted_flops(model, lambda: logits(model, inputs))
+    with Stack()(model) as run:
+        logits(model, inputs)
+        dense = run.flops
+    with technique(model, processor) as run:
+        counted = counted_flops(model, lambda: logits(model, inputs))
+    assert run.flops - dense == counted - plain > 0
 
 
 def test_the_papers_gates_are_light_in_work_and_heavy_in_memory():
