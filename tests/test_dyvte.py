@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from contract import close, counted_flops, extend, logits, text_rows, with_random_weights
@@ -20,7 +22,8 @@ from mllm.errors import ConfigError, ConflictError, InputError, LoadError, Unsup
 from mllm.layout import TokenLayout
 from mllm.roles import Roles
 from mllm.saving import LearnedWeights, fingerprint
-from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
+from mllm.technique import Revived, Technique
+from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT, URaG
 from mllm.token_pruning.dyvte import exit_histogram, image_marks
 from mllm.token_pruning.dyvte_gates import PREFIX, gate_features, read_prompts
 
@@ -497,6 +500,8 @@ def test_stacks():
         Stack(NAAViT(image_cache=2), learned).check(spec)
     with pytest.raises(ConflictError, match=r"acts from layer 5 on.*after layer 4"):
         Stack(DyVTE(gate="light", max_exit_layer=4), FreezeVisual(layers="5:9")).check(spec)
+    with pytest.raises(ConflictError, match="both bring rows of an earlier turn back"):
+        Stack(URaG(recoverable=True), DyVTE(gate="light", recoverable=True)).check(spec)
     Stack(NAAViT(), learned).check(spec)
     Stack(NAAViT(image_cache=2), DyVTE(exit_layer=4)).check(spec)
     Stack(FreezeVisual(layers="20:30"), learned).check(spec)
@@ -822,6 +827,39 @@ def test_a_new_image_in_a_later_turn_beside_one_that_comes_back():
         assert exits == [[layer] for layer in layers]
         ids = torch.cat([both["input_ids"], third], dim=1)
         check_turns(model, found, exits, {**both, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_rows_that_another_technique_brings_back(exit_layer):
+    """Their exit is the new question's, also where they enter behind it."""
+    model, processor, inputs = prepared(kind="one")
+
+    class Returning(Technique):
+        """Visual rows leave before layer 3, where the next turn finds them."""
+
+        name: ClassVar[str] = "Returning"
+        paper: ClassVar[str] = ""
+
+        def keep(self, view):
+            if view.layer != 3 or view.layout.revived:
+                return view.alive if view.layer == 3 else None
+            view.store["stash"] = view.stash(view.layout.visual & view.alive)
+            return view.alive & ~view.layout.visual
+
+        def revive(self, layout, store):
+            return Revived(store["stash"], store["stash"].layer[:, 0])
+
+    first = Stack(Returning(), trained(model, threshold=1.0))
+    chosen = {
+        "gate": trained(model, threshold=0.0, min_exit_layer=exit_layer),
+        "list": DyVTE(exit_layer=[exit_layer]),
+        "chance": DyVTE(histogram=[float(layer == exit_layer) for layer in range(6)]),
+    }
+    for technique in chosen.values():
+        found, _, reports, both, _ = turns(model, processor, inputs, [first, Stack(Returning(), technique)])
+        check_turns(model, found, [[2], [2]], both)
+        text = int((~visual_mask(model, both)).sum())
+        assert reports[1].cache_lengths == [both["input_ids"].shape[1]] * 3 + [text] * 3
 
 
 def test_generate_in_a_later_turn():

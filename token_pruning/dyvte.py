@@ -238,6 +238,8 @@ class DyVTE(TrainedTechnique):
     def excludes(self, other: Technique) -> str | None:
         if isinstance(other, DyVTE):
             return "both remove all visual tokens; the earlier one decides. Keep one."
+        if self.recoverable and getattr(other, "recoverable", False):
+            return "both bring rows of an earlier turn back. Use recoverable=False in one of them."
         return None
 
     def build(self, spec: ModelSpec) -> Gates | None:
@@ -283,10 +285,11 @@ class DyVTE(TrainedTechnique):
         if view.layer == 0:
             view.scratch["exits"] = self._given(view) if self.histogram is None else self._drawn(view)
             return view.alive
-        exits = view.scratch["exits"]
-        if view.layer - 1 not in exits:
+        gone = [e is not None and e < view.layer for e in view.scratch["exits"]]
+        # rows of an earlier turn that another technique brings back may enter behind the exit: looked for everywhere
+        if not any(gone) or not (view.layer - 1 in view.scratch["exits"] or view.layout.revived):
             return None
-        return view.alive & ~(view.layout.visual & _mask([e == view.layer - 1 for e in exits], view))
+        return view.alive & ~(view.layout.visual & _mask(gone, view))  # (B, S)
 
     def _given(self, view: LayerView) -> list[int | None]:
         batch = view.layout.visual.shape[0]
@@ -313,7 +316,8 @@ class DyVTE(TrainedTechnique):
             image, *marks = row[2 * width :]
             digest = hashlib.blake2b(repr((self.seed, ids, marks)).encode(), digest_size=8).digest()
             number = int.from_bytes(digest, "big") / 2**64 * ends[-1]
-            exits.append(None if image < 0 else next(layer for layer, end in enumerate(ends) if number < end))
+            drawn = next((layer for layer, end in enumerate(ends) if number < end), self.last_visual_layer(view.spec))
+            exits.append(None if image < 0 else drawn)
         view.output["exit_layer"] = [None if e == view.spec.layers - 1 else e for e in exits]
         return exits
 
@@ -323,15 +327,16 @@ class DyVTE(TrainedTechnique):
             view.output.update(exit_layer=[None] * view.layout.visual.shape[0], probabilities={})
             before = view.store.get("stash")  # its rows are the first ones of the call, where they came back
             view.scratch["stashes"] = [] if before is None else [before]
-            if view.layout.revived:
+            if view.layout.revived and self.recoverable:
                 view.scratch["entering"] = set(before.layer[before.valid].tolist())
             return view.alive
         going = self._decide(view)
-        back = view.layout.revived if view.layer in view.scratch.get("entering", ()) else 0
-        if not any(going) and not back:
+        gone = [layer is not None for layer in view.output["exit_layer"]]
+        # where rows of an earlier turn enter: its own, or at any layer those that another technique brings back
+        entering = view.layer in view.scratch["entering"] if "entering" in view.scratch else any(gone)
+        if not any(going) and not (view.layout.revived and entering):
             return None
-        left = _mask([layer is not None for layer in view.output["exit_layer"]], view)
-        keep = view.alive & ~(view.layout.visual & left)  # (B, S)
+        keep = view.alive & ~(view.layout.visual & _mask(gone, view))  # (B, S)
         if self.recoverable:
             self._remember(view, keep)
         return keep
@@ -374,7 +379,7 @@ class DyVTE(TrainedTechnique):
 
     def revive(self, layout: TokenLayout, store: dict[str, Any]) -> Revived | None:
         stash = store.get("stash")
-        if stash is None or layout.roles is None:
+        if not self.recoverable or stash is None or layout.roles is None:
             return None
         asking = layout.roles.assistant_header.any(dim=1)  # (B,) a new question; not the guesses of assisted decoding
         valid = stash.valid & asking[:, None]  # (B, R)
