@@ -100,7 +100,8 @@ class Row:
         ci: 95 % interval of the score.
         gain: score minus that of the plain model on the same samples, with its 95 % interval.
         costs: values by the keys of :data:`COSTS`, in their own units (FLOPs, ms, 1/s, bytes).
-        ratios: the same, relative to the plain model.
+        dense: what the plain model would have spent on the same tokens, where the cell tells it.
+        ratios: costs relative to ``dense``, else to what the plain model did spend, whose replies have other lengths.
         front: no other row has a score as high for as few FLOPs.
     """
 
@@ -115,6 +116,7 @@ class Row:
     errors: int | None = None
     ttft_p90: float | None = None
     costs: dict[str, float | None] = field(default_factory=dict)
+    dense: dict[str, float | None] = field(default_factory=dict)
     ratios: dict[str, float | None] = field(default_factory=dict)
     baseline: bool = False
     front: bool = False
@@ -248,12 +250,8 @@ def summarize(cells: Sequence[Cell]) -> Summary:
             row.front = front
         for row in rows:
             base = next((r for r in rows if r.model == row.model and r.baseline), None)
-            row.ratios = {key: _ratio(row.costs.get(key), base and base.costs.get(key)) for key in COSTS}
-    for (model, config, task), cell in chosen.items():  # the runner knows the plain cost even without its cell
-        row = next(r for r in tables[task] if (r.model, r.config) == (model, config))
-        for key, dense in (("flops", "dense_flops"), ("kv_bytes", "dense_kv_bytes")):
-            if row.ratios[key] is None:
-                row.ratios[key] = _ratio(row.costs.get(key), _number(cell.get(dense)))
+            for key in COSTS:
+                row.ratios[key] = _ratio(row.costs.get(key), row.dense.get(key) or (base and base.costs.get(key)))
     return Summary(
         tables,
         models,
@@ -280,6 +278,7 @@ def _task_row(model: str, config: str, task: str, cell: Cell | None, baseline: b
         errors=None if errors is None else int(errors),
         ttft_p90=_number(cell.get("ttft_ms_p90")),
         costs={key: _number(cell.get(key)) for key in COSTS},
+        dense={key: _number(cell.get(f"dense_{key}")) for key in ("flops", "kv_bytes")},
         baseline=baseline,
     )
 
@@ -309,6 +308,9 @@ def _overall_row(model: str, config: str, tables: dict[str, list[Row]], baseline
         known = [v for v in values if v is not None]
         if len(known) == len(values):
             total.costs[key] = max(known) if key == "peak_bytes" else sum(known) / len(known)
+        dense = [d for row in parts if (d := row.dense.get(key)) is not None]
+        if len(dense) == len(parts):
+            total.dense[key] = sum(dense) / len(dense)
     return total
 
 
@@ -504,6 +506,7 @@ def _reading(summary: Summary) -> list[str]:
         )
     lines += [
         "FLOPs are those of the language model, mean per sample (2 per multiply-add); the vision tower is not in them. "
+        "For FLOPs and KV bytes, (×) compares with what the plain model spends on the very same prompt and reply. "
         "KV bytes are the cache of a sample at its end; TTFT is the time to the first token, median (and p90) over "
         "samples. In the overall table, costs are means over tasks, peak memory is the largest. The picture sets "
         "points of almost equal cost side by side.",

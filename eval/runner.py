@@ -72,6 +72,7 @@ def run_grid(
         raise EvalError(f"limit={limit}: at least one sample per task is needed. Leave it out for all.")
     out = Path(out_dir)
     loaded_configs = [load_config(path) for path in configs]
+    loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvalError(f"Several configs are named {', '.join(sorted(twice))}. Give each its own name.")
@@ -95,8 +96,9 @@ def run_grid(
     bar = tqdm(total=total, desc="cells", disable=not first, file=sys.stderr)
     for name in models:
         model = None  # loaded when the first cell needs it
-        for config in loaded_configs:
-            for task in tasks:
+        # configs of a task follow each other, so that their times are taken under the same conditions
+        for task in tasks:
+            for config in loaded_configs:
                 key = _key(name, config, task, limit, batch_size, shared, include_path)
                 path = results.cell_path(out, name, config.name, task)
                 bar.set_postfix_str(f"{config.name}, {task}")
@@ -195,7 +197,7 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     bars = [(module, module.tqdm) for module in (lmms_eval.api.task, lmms_eval.evaluator)]
     for module, original in bars:
-        module.tqdm = functools.partial(original, disable=True)
+        module.tqdm = functools.partial(_hidden_bar, original)
     try:
         yield
     finally:
@@ -203,6 +205,11 @@ def _quiet() -> Iterator[None]:
             module.tqdm = original
         logger.remove(handler)
         datasets.enable_progress_bars()
+
+
+def _hidden_bar(bar: Any, *arguments: Any, **options: Any) -> Any:
+    """A progress bar that shows nothing, whatever its caller asks for."""
+    return bar(*arguments, **{**options, "disable": True})
 
 
 def _run_cell(

@@ -184,6 +184,16 @@ def test_without_a_baseline_only_the_known_dense_cost_is_compared():
     assert any("plain model" in warning for warning in summary.warnings)
 
 
+def test_longer_replies_are_not_booked_as_the_techniques_cost():
+    cells = [cell(t, task, **o) for task in "ab" for t, o in (("none", {}), ("x", {"kv_bytes": 6e6, "flops": 5e10}))]
+    for entry in cells:
+        if entry["config"] == "x":
+            entry |= {"dense_kv_bytes": 6e6, "dense_flops": 10e10}
+    for task in ("a", "b", OVERALL):
+        ratios = row_of(cells, task, "x").ratios
+        assert (ratios["kv_bytes"], ratios["flops"]) == (1.0, 0.5)
+
+
 def test_overall_is_the_mean_over_tasks():
     cells = [cell("none", "a", 0.4), cell("none", "b", 0.8, n=10, peak_bytes=3e9, flops=3e10)]
     row = row_of(cells, OVERALL, "none")
