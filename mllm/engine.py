@@ -213,6 +213,7 @@ class Step:
         """Prepare ``kwargs`` for layer ``number`` and return the rows that run it, (B, active, D)."""
         policy = self.engine.policies[number] if self.visual or self.revived is not None else None
         if number == 0:
+            self.cache = kwargs.get("past_key_values")  # the decoder makes one where it was given none
             self._start(hidden)
         rotary = self._tables(kwargs["position_embeddings"])
         before = self.split

@@ -1,0 +1,121 @@
+"""How LoRRA is trained: first the visual learners, then everything with the router.
+
+Stage 1 learns the visual learners, all added with weight 1 and without a router. Stage 2 starts from them and learns
+both learners and the router. In both, the language model and the projector can learn along through LoRA, each at a rate
+of its own; the folder then loads as a plain model with these updates, and the learners beside it.
+
+    mllm train lorra --option stage=1 --out runs/lorra1
+    mllm train lorra --option stage=2 --option start=runs/lorra1 --option model_lr=2e-5 --out runs/lorra2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig, get_peft_model
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from mllm.adapters.lorra import LoRRA
+from mllm.chats import Chat, collate
+from mllm.errors import ConfigError
+from mllm.families import find_parts
+from mllm.roles import ChatFormat
+from mllm.saving import check_base, read_learned
+from mllm.training import Options, Recipe, answer_loss
+
+_DECODER = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+_PROJECTOR = r"(multi_modal_projector\.linear_\d|visual\.merger\.mlp\.\d)"
+
+
+class LoRRAOptions(BaseModel):
+    """Options of training LoRRA.
+
+    Attributes:
+        stage: 1: visual learners, no router; 2: both learners and the router.
+        start: folder of a first stage, for the second one.
+        model_lr: peak rate of LoRA on the language model; None: it does not learn.
+        projector_lr: the same for the projector.
+        rank: of LoRA on the model.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: Literal[1, 2] = 2
+    start: str | None = None
+    model_lr: float | None = Field(None, gt=0)
+    projector_lr: float | None = Field(None, gt=0)
+    rank: int = Field(16, ge=1)
+
+
+class LoRRATraining(Recipe):
+    """Answer loss with learners attached."""
+
+    defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3, "steps": 200, "batch_size": 2, "accumulation": 4}
+
+    def __init__(self, model: nn.Module, processor: Any, options: Options) -> None:
+        own = options.read(LoRRAOptions)
+        arguments = dict(options.arguments)
+        if own.start is not None:
+            if own.stage == 1:
+                raise ConfigError(f"start={own.start}: a first stage starts from nothing. Use stage=2.")
+            saved, learned = read_learned(own.start, LoRRA.name)
+            arguments = {**saved, **arguments}
+        arguments["router"] = own.stage == 2
+        self.processor, self.chat_format = processor, ChatFormat.from_processor(processor)
+        model.requires_grad_(False)
+        rates = {_DECODER: own.model_lr, _PROJECTOR: own.projector_lr}
+        patterns = [pattern for pattern, rate in rates.items() if rate is not None]
+        self.model = model
+        if patterns:
+            config = LoraConfig(
+                base_model_name_or_path=options.model,
+                r=own.rank,
+                lora_alpha=2 * own.rank,
+                target_modules=rf".*({'|'.join(patterns)})",
+            )
+            self.model = get_peft_model(model, config)
+        self.handle = LoRRA(**arguments).attach(self.model, processor, freeze=False)
+        (module,) = self.handle.modules
+        if own.start is not None:
+            check_base(learned.base_model, model, own.start)
+            new = {name for name in module.state_dict() if name.endswith((".table", ".bias"))}
+            missing, unexpected = module.load_state_dict(dict(learned.tensors), strict=False)
+            if set(missing) - new or unexpected:
+                raise ConfigError(f"{own.start} has other layers or another rank than {arguments}.")
+        module.float().requires_grad_(True)
+        if own.stage == 1:
+            for learners in module.values():
+                learners.text.requires_grad_(False)
+        self._rates = own
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        own = [parameter for parameter in self.handle.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": own}]
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        inside = [parameter for name, parameter in named if ".language_model." in name]
+        beside = [parameter for name, parameter in named if ".language_model." not in name]
+        if inside:
+            groups.append({"params": inside, "lr": self._rates.model_lr})
+        if beside:
+            groups.append({"params": beside, "lr": self._rates.projector_lr})
+        return groups
+
+    def loss(self, batch: list[Chat], step: int) -> tuple[Tensor, dict[str, float]]:
+        model = find_parts(self.model).model
+        inputs = collate(self.processor, self.chat_format, batch).to(model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+        return answer_loss(model, inputs)
+
+    def save(self, folder: Path) -> None:
+        self.handle.save_pretrained(folder)
+        if self.model is not find_parts(self.model).model:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+
+def recipe(model: nn.Module, processor: Any, options: Options) -> Recipe:
+    """The recipe of ``mllm train lorra``, see :mod:`mllm.training`."""
+    return LoRRATraining(model, processor, options)
