@@ -54,8 +54,8 @@ def list_techniques(as_json: Json = False) -> None:
             name if info["default"] is None else f"{name}={info['default']!r}"
             for name, info in row["arguments"].items()
         )
-        call = f"{row['name']}({arguments})"
-        typer.echo(f"{call:30} {row['folder']:15} {row['paper']} {row['training'] or ''}".rstrip())
+        typer.echo(f"{row['name']:14} {row['folder']:14} {row['paper']}  {row['training'] or ''}".rstrip())
+        typer.echo(textwrap.fill(arguments, 100, initial_indent=" " * 15, subsequent_indent=" " * 15))
 
 
 def _type_name(annotation: object) -> str:

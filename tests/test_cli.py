@@ -41,7 +41,7 @@ def test_list(monkeypatch, capsys):
         assert row["backends"] == ["eager", "sdpa"]
     assert rows["NAAViT"]["arguments"]["layers"]["default"] == "all"
     code, out, _ = run(monkeypatch, capsys, "list")
-    assert "NAAViT(layers='all', image_cache=0)" in out
+    assert "layers='all', image_cache=0" in out
 
 
 @pytest.mark.parametrize(
