@@ -297,7 +297,7 @@ def open_chats(data: str | Path, seed: int = 0, split: str | None = None, images
     """Chats to train on, without end.
 
     Args:
-        data: a file for :func:`read_chats`, or ``scenes``, ``reading``, ``documents`` or ``text``, which are drawn;
+        data: a file for :func:`read_chats`, or ``scenes``, ``reading``, ``documents``, ``pages`` or ``text``, drawn;
             several, separated by commas, take turns.
         seed: of the drawing and the order.
         split: ``"train"`` or ``"test"``: sides that share nothing, for held-out measurements. Of a file, the test side

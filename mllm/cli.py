@@ -202,7 +202,7 @@ def train_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="LLaVA-style .json or .jsonl file, or scenes, reading, documents, text; several with commas."
+            help="LLaVA-style .json or .jsonl file, or scenes, reading, documents, pages, text; several with commas."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; one that was stopped goes on.")] = None,
@@ -213,6 +213,7 @@ def train_command(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, weights and random numbers.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that pictures of a data file are relative to.")] = None,
+    stage: Annotated[str | None, typer.Option(help="What to train now, where a recipe has several stages.")] = None,
     argument: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the technique; repeatable.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of its recipe; repeatable.")] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps only, to see that everything runs.")] = False,
@@ -231,11 +232,11 @@ def train_command(
     folder = train_technique(
         name,
         model=model or given.get("model", "default"),
-        data=data or given.get("data", "scenes"),
+        data=data or given.get("data"),
         out=out,
         training=given.get("training", {}) | {key: value for key, value in settings.items() if value is not None},
         arguments=given.get("arguments", {}) | _pairs(argument, "--argument"),
-        options=given.get("options", {}) | _pairs(option, "--option"),
+        options=given.get("options", {}) | _pairs(option, "--option") | ({"stage": stage} if stage else {}),
         images=str(images) if images else given.get("images"),
         smoke=smoke,
         attn=attn,

@@ -312,6 +312,31 @@ def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2,
         yield Sample(tuple(images), turns, "document", group, other if turns[0].kind == "page color" else evidence)
 
 
+def page_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (4, 5, 6, 7, 8)) -> Iterator[Sample]:
+    """Pages with lines of small text and one shape, each of another colour; a question is about one page."""
+    rng = rng_for("pages", split, seed)
+    made = 0
+    while made < n:
+        count = rng.choice(pages)
+        colors, shapes = rng.sample(sorted(COLORS), count), [rng.choice(SHAPES) for _ in range(count)]
+        evidence = rng.randrange(count)
+        group = f"page {colors[evidence]} {shapes[evidence]} of {count}, {evidence + 1}"
+        if side(group) != split:
+            continue
+        made += 1
+        font = rng.choice(fonts(split))
+        images = []
+        for shape, color in zip(shapes, colors, strict=True):
+            image = Image.new("RGB", (SIZE, SIZE), "white")
+            for line in range(4):
+                words = " ".join(rng.choice(WORDS) for _ in range(6))
+                draw_text(image, words, font, (16, 12 + 14 * line, SIZE - 16, 24 + 14 * line), fill="#555555")
+            draw_shape(ImageDraw.Draw(image), shape, SIZE / 2, 142, 60, COLORS[color])
+            images.append(image)
+        turn = Turn(f"Which shape is {colors[evidence]}?", shapes[evidence], kind="page shape")
+        yield Sample(tuple(images), (turn,), "page", group, evidence)
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 FACTS = {
@@ -362,5 +387,6 @@ DRAWN = {
     "scenes": scene_samples,
     "reading": reading_samples,
     "documents": document_samples,
+    "pages": page_samples,
     "text": text_samples,
 }

@@ -49,10 +49,11 @@ class FinetuningOptions(BaseModel):
 class Finetuning(Recipe):
     """Answer loss of the model with the technique on."""
 
+    schema: ClassVar[type[FinetuningOptions]] = FinetuningOptions
     defaults: ClassVar[dict[str, Any]] = {"lr": 2e-4, "steps": 200, "batch_size": 2, "accumulation": 4}
 
     def __init__(self, model: nn.Module, processor: Any, options: Options) -> None:
-        self.own = options.read(FinetuningOptions)
+        self.own = options.read(self.schema)
         self.stack = Stack(options.technique(**options.arguments)) if self.own.attach else Stack()
         self.processor, self.chat_format = processor, ChatFormat.from_processor(processor)
         model.requires_grad_(False)

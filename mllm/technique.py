@@ -213,6 +213,8 @@ class Technique(BaseModel):
     acts_on_text: ClassVar[bool] = False
     #: ``"module:function"`` that makes its training recipe, see :mod:`mllm.training`; None: nothing to train
     training: ClassVar[str | None] = None
+    #: what it learns from where the user names no data, see :func:`mllm.chats.open_chats`
+    training_data: ClassVar[str] = "scenes"
     #: whether it must be told questions from answers, for which it is attached with the processor
     needs_roles: ClassVar[bool] = False
     #: whether it makes use of that where the processor is given

@@ -268,7 +268,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def train_technique(
     name: str,
     model: str = "default",
-    data: str = "scenes",
+    data: str | None = None,
     out: str | Path | None = None,
     training: dict[str, Any] | None = None,
     arguments: dict[str, Any] | None = None,
@@ -284,7 +284,7 @@ def train_technique(
     Args:
         name: of the technique, in any case.
         model: a model folder, a hub name, or ``"default"``.
-        data: see :func:`mllm.chats.open_chats`.
+        data: see :func:`mllm.chats.open_chats`; without, what the technique names.
         out: folder of the run; ``runs/train-NAME`` without. A run that is in it goes on.
         training: settings of :class:`TrainingConfig`, in place of the recipe's own defaults.
         arguments: of the technique.
@@ -314,6 +314,7 @@ def train_technique(
             f"{', '.join(cls.model_fields) or 'none'}."
         )
     given = dict(training or {})
+    data = data or cls.training_data
     seed = TrainingConfig(**given).seed  # all are checked before the model is loaded
     told = Options(cls, arguments, options, smoke, seed, data, images, str(model))
     chats = told.chats()

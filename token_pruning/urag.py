@@ -30,7 +30,7 @@ untrained head, whose order is arbitrary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -119,6 +119,7 @@ class URaG(TrainedTechnique):
     name: ClassVar[str] = "URaG"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.10552"
     training: ClassVar[str | None] = "mllm.token_pruning.urag_training:recipe"
+    training_data: ClassVar[str] = "pages"
     wants_roles: ClassVar[bool] = True
 
     layer: Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Strict(), Field(gt=0, lt=1)] = 6
@@ -193,11 +194,11 @@ class URaG(TrainedTechnique):
             return sum(sizes) > self.budget
         return bool(pages)
 
-    def choose(self, scores: Sequence[float], sizes: Sequence[int]) -> set[int]:
-        """Pages that stay, of one row, from their scores and numbers of visual tokens."""
+    def choose(self, scores: Sequence[float], sizes: Sequence[int], wanted: Set[int] = frozenset()) -> set[int]:
+        """Pages that stay, of one row, from their scores and numbers of visual tokens; ``wanted`` ones in any case."""
         count = len(sizes)
         pages = [page for page in range(count) if sizes[page]]
-        kept = {page % count for page in self.always_keep if -count <= page < count} & set(pages)
+        kept = ({page % count for page in self.always_keep if -count <= page < count} | wanted) & set(pages)
         ranked = sorted((page for page in pages if page not in kept), key=lambda page: -scores[page])  # stable
         if self.policy == "all":
             return set(pages)
@@ -237,17 +238,18 @@ class URaG(TrainedTechnique):
             vectors = self._embed(view, rows)  # (B, V, W)
             vectors = torch.cat([store["vectors"], vectors], dim=1) if "vectors" in store else vectors
         scores: list[Tensor | None] = [None] * batch
+        asked = [0] * batch
         if any(decides):
-            found = self._score(view, page, vectors, every, decides, max(map(len, sizes)))  # (B, pages)
+            found, asked = self._score(view, page, vectors, every, decides, max(map(len, sizes)))  # (B, pages)
             scores = [found[row, : len(sizes[row])] if decides[row] else None for row in range(batch)]
         kept = self.select([None if row is None else row.tolist() for row in scores], sizes)
         kept = [now | before for now, before in zip(kept, store.get("kept", kept), strict=True)]
-        view.output.update(scores=scores, kept=[sorted(pages) for pages in kept])
+        view.output.update(scores=scores, kept=[sorted(pages) for pages in kept], question_tokens=asked)
         gone = self._gone(page, kept) & view.alive  # (B, S)
         dropped = any(len(stay) < sum(map(bool, row)) for stay, row in zip(kept, sizes, strict=True))
         if self.recoverable:
             seen = [len(row) for row in sizes]
-            store.update(layer=view.layer, seen=seen, page=every, vectors=vectors, kept=kept)
+            store.update(seen=seen, page=every, vectors=vectors, kept=kept)
             store["stash"] = None
             if dropped:
                 # pages are counted over the whole conversation
@@ -263,8 +265,7 @@ class URaG(TrainedTechnique):
         # without a user's header it is no question, but the rest of an answer
         if stash is None or (layout.roles is not None and not bool(layout.roles.user_header.any())):
             return None
-        layer = torch.full(stash.columns.shape[:1], store["layer"], device=stash.columns.device)  # (B,)
-        return Revived(stash, layer)
+        return Revived(stash, stash.layer)
 
     def _pages(self, layout: TokenLayout, seen: list[int] | None) -> Tensor:
         """(B, S) long, page that a row belongs to, counted over the conversation where it is recoverable; -1: none."""
@@ -304,8 +305,8 @@ class URaG(TrainedTechnique):
 
     def _score(
         self, view: LayerView, page: Tensor, vectors: Tensor, every: Tensor, decides: list[bool], pages: int
-    ) -> Tensor:
-        """(B, pages) float32; rows that decide nothing have no meaning."""
+    ) -> tuple[Tensor, list[int]]:
+        """(B, pages) float32 scores, without a meaning in rows that decide nothing; and tokens of each question."""
         deciding = torch.tensor(decides, device=page.device)  # (B,)
         question = self._question(view.layout, page) & view.alive & deciding[:, None]
         counts = question.sum(dim=1).tolist()
@@ -322,7 +323,7 @@ class URaG(TrainedTechnique):
         asking = self._embed(view, rows)  # (B, Q, W)
         view.spend(2 * every.shape[0] * rows.length * every.shape[1] * self.width)
         scores = maxsim(asking, asked, vectors, every, pages)
-        return scores / asked.sum(dim=1, keepdim=True) if self.normalise else scores
+        return scores / asked.sum(dim=1, keepdim=True).clamp(min=1) if self.normalise else scores, counts
 
     @staticmethod
     def _gone(page: Tensor, kept: list[set[int]]) -> Tensor:
