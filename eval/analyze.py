@@ -46,6 +46,9 @@ from mllm.loading import load
 from mllm.technique import Stack, Technique, get_technique, load_all
 from mllm.token_pruning import DyVTE, FreezeVisual
 
+#: samples below which no interval is given: resampling so few says too little
+FEWEST = 5
+
 # --- layer effects ----------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +422,8 @@ def analyze(
 
     out = Path(out_dir)
     _check_settings(answer_tokens, batch_size, choose, technique, write)
-    results.check_writable(out)
+    results.write_json(out / "analysis.probe", {})  # find out before the work, not after it
+    (out / "analysis.probe").unlink()
     if fresh:
         shutil.rmtree(out / "samples", ignore_errors=True)
     loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
@@ -476,9 +480,9 @@ def _check_settings(
 
 
 def _with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, 95 % interval (none for a single sample) and count."""
+    """Mean, 95 % interval (none for too few samples) and count."""
     values = [float(value) for value in values]
-    low, high = interval(values) if len(values) > 1 else (None, None)
+    low, high = interval(values) if len(values) >= FEWEST else (None, None)
     return {"mean": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
 
 

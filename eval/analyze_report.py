@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mllm.errors import EvalError
-from mllm.eval.analyze import Change
+from mllm.eval.analyze import FEWEST, Change
 from mllm.eval.attention_flow import KEYS, QUERIES
 from mllm.eval.results import write_json
 from mllm.eval.stats import wilson
@@ -143,7 +143,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Curves over the layers from the samples' records: mean, 95 % interval and count of each number.
 
-    Intervals: bootstrap over samples; Wilson for shares of samples; none where there is a single sample.
+    Intervals: bootstrap over samples; Wilson for shares of samples; none below 5 samples.
     """
     mass = np.array([record["mass"] for record in records], dtype=float)  # (samples, layers, 5, 4), NaN where missing
     uniform = np.array([record["uniform"] for record in records], dtype=float)  # (samples, 5, 4)
@@ -209,7 +209,7 @@ def _curve(values: np.ndarray, shares: bool = False) -> dict[str, Any]:
             draws = rng.multinomial(len(values), [1 / len(values)] * len(values), _ROUNDS)  # (rounds, samples)
             means = (draws @ filled) / (draws @ there)  # (rounds, layers)
             low, high = np.nanpercentile(means, [2.5, 97.5], axis=0) if counts.any() else (mean, mean)
-    if len(values) < 2:
+    if len(values) < FEWEST:
         low = high = np.full_like(mean, math.nan)
     return {"mean": _numbers(mean), "low": _numbers(low), "high": _numbers(high), "n": int(counts.max())}
 
@@ -260,7 +260,8 @@ def describe_exit(summary: dict[str, Any]) -> str:
     layer, last = summary["free_exit_layer"], summary["layers"] - 1
     if layer == last:
         return f"no exit before the last layer keeps the greedy answer of {KEPT:.0%} of the samples"
-    return f"visual tokens may leave after layer {layer} of {last}: {KEPT:.0%} of the greedy answers stay"
+    stays = _text(_at(summary["exit"]["answer_stays"], layer), ".0%")
+    return f"visual tokens may leave after layer {layer} of {last}: there {stays} of the greedy answers stay"
 
 
 def describe(summary: dict[str, Any]) -> str:
