@@ -293,8 +293,8 @@ def curve(rows: list[dict[str, Any]], picture: Path) -> None:
         values = [row["validation"][name] for row in validated]
         axes.plot([row["step"] for row in validated], values, marker="o", markersize=3, label=f"validation, {name}")
     axes.set(xlabel="step", ylabel="cross-entropy of an answer's tokens", title="default model, projector")
-    shown = [*losses, *(value for row in validated for value in row["validation"].values())]
-    axes.set_ylim(0, 1.1 * sorted(shown)[int(len(shown) * 0.97)])
+    top = max([sorted(losses)[int(len(losses) * 0.97)], *(v for row in validated for v in row["validation"].values())])
+    axes.set_ylim(0, 1.05 * top)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(picture)
@@ -394,6 +394,10 @@ what is not above these does not come from the picture. Accuracy; for captions, 
 {verdict}
 """
 
+#: what came before, where the weights were trained on from others; rewrite it with them
+HISTORY = """\
+from an earlier projector (342 steps of 8 pictures, whose questions were turns of one chat and saw each other)"""
+
 #: what the scores above let one say; rewrite it with them
 VERDICT = """\
 **What it can do**: tell the broad kind of a thing drawn on a plain background, colours and simple shapes, and chat in
@@ -416,7 +420,7 @@ def write_card(rows: list[dict[str, Any]], recipe: dict[str, str], folder: Path 
     text = CARD.format(
         steps=recipe["steps"],
         chats=recipe["chats_per_step"],
-        init="from random weights" if recipe["init"] == "random" else f"from {recipe['init']}",
+        init="from random weights" if recipe["init"] == "random" else HISTORY,
         validation=f"Loss on validation samples of the training side, before and after: {listed}." if after else "",
         table="\n".join(lines),
         verdict=VERDICT,
