@@ -1,1 +1,1 @@
-"""The Gradio chat (not built yet)."""
+"""The Gradio chat: two columns, full model and with techniques. ``mllm demo`` starts it."""
