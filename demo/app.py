@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import logging
 import os
 import tempfile
@@ -22,7 +20,15 @@ from mllm.demo.charts import pareto, tokens_per_layer
 from mllm.demo.evaluation import Evaluator, add_points, task_names
 from mllm.demo.examples import write_examples
 from mllm.demo.look import CSS, theme
-from mllm.demo.pictures import layer_words, page_gallery, router_weights, tokens_over_pictures, told_per_layer
+from mllm.demo.pictures import (
+    data_address,
+    figures,
+    layer_words,
+    page_gallery,
+    router_weights,
+    tokens_over_pictures,
+    told_per_layer,
+)
 from mllm.demo.recording import Inside
 from mllm.demo.sessions import Chat, Exchange, Session, Sessions
 from mllm.demo.settings import Argument, Panel, label, summary, to_yaml
@@ -53,16 +59,13 @@ def notice(text: str, bad: bool = False) -> str:
 
 
 def _thumbnails(pictures: Sequence[Picture]) -> str:
-    """Small pictures inside the message: no file is left behind that somebody must remove."""
+    """Small pictures for the message."""
     parts = []
     for picture in pictures:
         small = picture.image.copy()
         small.thumbnail((320, 152))
-        buffer = io.BytesIO()
-        small.save(buffer, "WEBP", quality=80)
         name = picture.name if picture.page is None else f"{picture.name}, page {picture.page}"
-        data = base64.b64encode(buffer.getvalue()).decode()
-        parts.append(f'<img src="data:image/webp;base64,{data}" alt="{html.escape(name, quote=True)}">')
+        parts.append(f'<img src="{data_address(small)}" alt="{html.escape(name, quote=True)}">')
     return f'<div class="mllm-thumbs">{"".join(parts)}</div>' if parts else ""
 
 
@@ -140,7 +143,8 @@ class Demo:
             log.exception("An upload failed.")
             return {self.notice: notice(f"The upload failed ({type(error).__name__}). The log says more.", bad=True)}
         chat.stop.clear()
-        return {self.box: {"text": "", "files": []}, **self._columns(chat), **self._buttons(True)}
+        waiting = {self.notice: notice("In the queue…"), self.box: {"text": "", "files": []}}
+        return {**waiting, **self._columns(chat), **self._buttons(True)}
 
     def _read_files(self, paths: Sequence[str]) -> list[Picture]:
         if len(paths) > self.limits.pictures:
@@ -215,7 +219,7 @@ class Demo:
             return {self.notice: notice("The last question is still being answered. Press Stop first.", bad=True)}
         chat.turns[-1] = Exchange(last.question, last.pictures)
         chat.stop.clear()
-        return {**self._columns(chat), **self._buttons(True)}
+        return {self.notice: notice("In the queue…"), **self._columns(chat), **self._buttons(True)}
 
     def clear(self, request: gr.Request) -> dict[Any, Any]:
         """Forget the chat and its pictures."""
@@ -260,11 +264,11 @@ class Demo:
             self.saving: notice(told),
             self.inside: gr.Column(visible=bool(inside and (shown or router or extra))),
             self.slider: gr.Slider(value=layer or 0, visible=shown),
-            self.tokens: gr.Gallery(tokens_over_pictures(inside, layer) if shown else [], visible=shown),
+            self.tokens: figures(tokens_over_pictures(inside, layer)) if shown else "",
             self.layer_text: layer_words(inside, layer) if shown else "",
             self.chart: tokens_per_layer(inside) if shown else "",
             self.pages_box: gr.Column(visible=bool(pages)),
-            self.pages: pages,
+            self.pages: figures(pages),
             self.router_box: gr.Column(visible=bool(router)),
             self.router: router,
             self.told: gr.HTML(extra, visible=bool(extra)),
@@ -277,16 +281,21 @@ class Demo:
         if inside is None:
             return {self.layer_text: ""}
         layer = min(max(int(layer), 0), inside.layers - 1)
-        shown = {self.tokens: tokens_over_pictures(inside, layer), self.layer_text: layer_words(inside, layer)}
+        shown = {self.tokens: figures(tokens_over_pictures(inside, layer)), self.layer_text: layer_words(inside, layer)}
         return {**shown, self.router: router_weights(inside, layer)}
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
-    def check(self, *values: Any) -> tuple[str, str, str]:
-        """What the settings would cost, or why they cannot run; their YAML; a file with it."""
+    def check(self, *values: Any) -> list[Any]:
+        """What the settings would cost, or why they cannot run; their YAML; a file with it; what can be set."""
         entries = self.panel.entries(values)
         text = to_yaml(entries)
-        return self.judge(entries), text, self._config_file(text)
+        return [self.judge(entries), text, self._config_file(text), *self._open(entries)]
+
+    def _open(self, entries: Iterable[dict[str, Any]]) -> list[Any]:
+        """Arguments are shown of techniques that are switched on."""
+        names = {entry["technique"] for entry in entries}
+        return [gr.Accordion(visible=cls.name in names) for cls, _ in self.panel.techniques]
 
     def judge(self, entries: Sequence[dict[str, Any]]) -> str:
         """The state of the settings as a message."""
@@ -322,7 +331,7 @@ class Demo:
 
     def load_config(self, path: str | None) -> list[Any]:
         """Set all controls as a config file says."""
-        skip = [gr.skip()] * (len(self.controls) + 2)
+        skip = [gr.skip()] * (2 + len(self.argument_boxes) + len(self.controls))
         try:
             if path is None:
                 raise ConfigError("No file was chosen.")
@@ -336,7 +345,8 @@ class Demo:
         except (MllmError, OSError) as error:
             return [notice(str(error), bad=True), *skip]
         on = [entry for entry in entries if entry.get("enabled", True)]
-        return [self.judge(on), to_yaml(on, name), self._config_file(to_yaml(on, name)), *self.panel.values(entries)]
+        text = to_yaml(on, name)
+        return [self.judge(on), text, self._config_file(text), *self._open(on), *self.panel.values(entries)]
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -513,8 +523,8 @@ class Demo:
                     placeholder="The same model with techniques answers here.",
                     **options,
                 )
-        self.saving = gr.HTML(elem_id="saving")
-        self.notice = gr.HTML(elem_id="notice")
+        self.saving = gr.HTML(padding=False, elem_id="saving")
+        self.notice = gr.HTML(padding=False, elem_id="notice")
         self.box = gr.MultimodalTextbox(
             show_label=False,
             placeholder="Add a picture or a PDF and ask about it",
@@ -542,15 +552,19 @@ class Demo:
     def _settings(self) -> None:
         values = iter(self.panel.values(FIRST))
         self.controls: list[Any] = []
+        self.argument_boxes: list[gr.Accordion] = []
+        on = {entry["technique"] for entry in FIRST}
         first = to_yaml(FIRST)
         gr.Markdown("### Techniques")
-        self.status = gr.HTML(self.judge(FIRST), elem_id="status")
+        self.status = gr.HTML(self.judge(FIRST), padding=False, elem_id="status")
         for cls, args in self.panel.techniques:
             with gr.Group():
                 self.controls.append(
                     gr.Checkbox(next(values), label=cls.name, info=summary(cls), elem_id=f"on-{cls.name}")
                 )
-                with gr.Accordion("Arguments", open=False, elem_id=f"arguments-{cls.name}"):
+                named = f"arguments-{cls.name}"
+                with gr.Accordion("Arguments", open=False, visible=cls.name in on, elem_id=named) as box:
+                    self.argument_boxes.append(box)
                     gr.Markdown(f"[Paper]({cls.paper})")
                     self.controls += [_control(cls.name, argument, next(values)) for argument in args]
         with gr.Row():
@@ -572,18 +586,16 @@ class Demo:
             self.layer_text = gr.Markdown(elem_id="layer-text")
             with gr.Row():
                 with gr.Column(min_width=300):
-                    self.tokens = gr.Gallery(
-                        label="Visual tokens kept", columns=2, object_fit="contain", height=380, elem_id="tokens"
-                    )
+                    self.tokens = gr.HTML(padding=False, elem_id="tokens")
                 with gr.Column(min_width=300):
-                    self.chart = gr.HTML(elem_id="chart")
+                    self.chart = gr.HTML(padding=False, elem_id="chart")
                     self.told = gr.HTML(visible=False, elem_id="told")
             with gr.Column(visible=False) as self.pages_box:
                 gr.Markdown("#### Pages, ranked by the question")
-                self.pages = gr.Gallery(show_label=False, columns=4, object_fit="contain", height=320, elem_id="pages")
+                self.pages = gr.HTML(padding=False, elem_id="pages")
             with gr.Column(visible=False) as self.router_box:
                 gr.Markdown("#### Router")
-                self.router = gr.HTML(elem_id="router")
+                self.router = gr.HTML(padding=False, elem_id="router")
 
     def _evaluation(self) -> None:
         names = task_names()
@@ -594,8 +606,8 @@ class Demo:
             with gr.Row():
                 self.evaluate_button = gr.Button("Evaluate", variant="primary", min_width=120, elem_id="evaluate")
                 self.stop_evaluate_button = gr.Button("Stop evaluation", min_width=120)
-            self.evaluate_notice = gr.HTML(elem_id="evaluate-notice")
-            self.plot = gr.HTML(elem_id="plot")
+            self.evaluate_notice = gr.HTML(padding=False, elem_id="evaluate-notice")
+            self.plot = gr.HTML(padding=False, elem_id="plot")
 
     def _wire(self, blocks: gr.Blocks) -> None:
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
@@ -619,7 +631,14 @@ class Demo:
         again = self.retry_button.click(self.retry, None, columns, **hidden)
         again.then(**answering)
         self.stop_button.click(self.stop, None, None, queue=False, **hidden)
-        self.clear_button.click(self.clear, None, [*columns, *inside], queue=False, **hidden)
+        gr.on(
+            [self.clear_button.click, self.full.clear, self.other.clear],
+            self.clear,
+            None,
+            [*columns, *inside],
+            queue=False,
+            **hidden,
+        )
         self.slider.release(
             self.turn_to_layer,
             self.slider,
@@ -627,17 +646,16 @@ class Demo:
             trigger_mode="always_last",
             **hidden,
         )
+        state = [self.status, self.code, self.save_button, *self.argument_boxes]
         gr.on(
             [control.input for control in self.controls],
             self.check,
             self.controls,
-            [self.status, self.code, self.save_button],
+            state,
             trigger_mode="always_last",
             **hidden,
         )
-        self.load_button.upload(
-            self.load_config, self.load_button, [self.status, self.code, self.save_button, *self.controls], **hidden
-        )
+        self.load_button.upload(self.load_config, self.load_button, [*state, *self.controls], **hidden)
         self.evaluate_button.click(
             self.evaluate,
             [self.task, self.limit, *self.controls],

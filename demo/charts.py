@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from mllm.demo.recording import Inside
 
-_WIDTH, _HEIGHT = 460, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 30, 40
+_WIDTH, _HEIGHT = 400, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 30, 40
 
 
 def _svg(body: Sequence[str], label: str, height: int = _HEIGHT) -> str:

@@ -26,6 +26,8 @@ def theme() -> gr.themes.Base:
         block_border_width="1px",
         block_shadow="none",
         block_label_text_weight="600",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_text_color="white",
@@ -42,6 +44,16 @@ CSS = """
 #head h1 { margin: 0 0 4px; font-size: 1.5rem; }
 #head p { margin: 0; opacity: .85; }
 #full, #other { height: 420px !important; }
+#full .placeholder, #other .placeholder { padding: 0 16px; text-align: center; }
+#notice:not(:has(.mllm-notice)), #saving:not(:has(.mllm-notice)), #evaluate-notice:not(:has(.mllm-notice)),
+  #plot:not(:has(svg)) { display: none; }
+.mllm-figures { display: flex; flex-wrap: wrap; gap: 12px; }
+.mllm-figures figure { margin: 0; width: 150px; }
+.mllm-figures figure:only-child { width: min(100%, 300px); }
+.mllm-figures img { width: 100%; height: auto; display: block; border-radius: 4px; margin: 0; box-sizing: border-box; }
+.mllm-figures figcaption { font-size: .82rem; padding-top: 3px; }
+.mllm-figures .framed img { border: 5px solid var(--mllm-kept); }
+.mllm-figures .left-out img { opacity: .45; }
 .mllm-thumbs { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: 6px; }
 .mllm-thumbs img { height: 76px; width: auto; max-width: 160px; border-radius: 4px; margin: 0;
   border: 1px solid var(--mllm-grid); }
@@ -50,7 +62,7 @@ CSS = """
 .mllm-notice { padding: 9px 12px; border-radius: 6px; border-left: 4px solid var(--mllm-kept);
   background: var(--background-fill-secondary); overflow-wrap: anywhere; }
 .mllm-notice.bad { border-left-color: var(--mllm-exit); }
-.mllm-chart { width: 100%; max-width: 600px; height: auto; display: block; color: var(--body-text-color); }
+.mllm-chart { width: 100%; max-width: 520px; height: auto; display: block; color: var(--body-text-color); }
 .mllm-chart text { fill: currentColor; font-size: 12px; opacity: .8; }
 .mllm-chart text.title { font-weight: 600; font-size: 13px; opacity: 1; }
 .mllm-chart text.mark { font-weight: 600; opacity: 1; }
@@ -78,7 +90,8 @@ CSS = """
 .mllm-router .picture { border: 1px dashed var(--mllm-grid); border-radius: 3px; padding: 0 6px; margin: 0 3px; }
 #examples button { min-width: 0; }
 @media (max-width: 640px) {
-  #full, #other { height: 300px !important; }
+  .gradio-container main { padding-left: 12px !important; padding-right: 12px !important; }
+  #full, #other { height: 210px !important; min-height: 210px !important; }
   #head h1 { font-size: 1.25rem; }
 }
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,29 @@ from mllm.demo.charts import line_per_layer, router_text
 from mllm.demo.recording import Inside
 
 _SIDE = 448
-_GONE, _PASSIVE, _FRAME = (24, 24, 32), (245, 158, 11), (5, 150, 105)
+_GONE, _PASSIVE = (24, 24, 32), (245, 158, 11)
 
-Shown = list[tuple[Image.Image, str]]
+#: picture, caption, class in the style sheet
+Shown = list[tuple[Image.Image, str, str]]
+
+
+def data_address(image: Image.Image) -> str:
+    """The picture inside the page itself: no file is left behind that somebody must remove."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def figures(shown: Shown) -> str:
+    """Pictures side by side with their captions; nothing where there are none."""
+    parts = []
+    for image, caption, kind in shown:
+        text = html.escape(caption)
+        parts.append(
+            f'<figure class="{kind}"><img src="{data_address(image)}" alt="{html.escape(caption, quote=True)}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    return f'<div class="mllm-figures">{"".join(parts)}</div>' if parts else ""
 
 
 def _fit(image: Image.Image, side: int = _SIDE) -> Image.Image:
@@ -34,10 +57,10 @@ def tokens_over_pictures(inside: Inside, layer: int) -> Shown:
     shown: Shown = []
     for number, (picture, block) in enumerate(zip(inside.pictures, inside.blocks, strict=True)):
         alive = inside.alive[layer][block]  # (tokens,)
-        caption = f"{_name(inside, number)}, layer {layer}: {int(alive.sum())} of {len(block)} tokens"
+        caption = f"{_name(inside, number)}: {int(alive.sum())} of {len(block)}"
         grid = inside.grids[number]
         if grid is None:
-            shown.append((_fit(picture.image), f"{_name(inside, number)}: the place of its tokens is not known"))
+            shown.append((_fit(picture.image), f"{_name(inside, number)}: places not known", ""))
             continue
         image = picture.image
         if grid.crop:
@@ -48,13 +71,13 @@ def tokens_over_pictures(inside: Inside, layer: int) -> Shown:
         cells = grid.first + np.arange(grid.height)[:, None] * grid.step + np.arange(grid.width)  # (height, width)
         there = alive[cells]
         tint = np.zeros((grid.height, grid.width, 4), dtype=np.uint8)
-        tint[~there] = (*_GONE, 215)
+        tint[~there] = (*_GONE, 185)
         if inside.policies[layer] != "full":
             tint[there] = (*_PASSIVE, 105)
         over = Image.fromarray(tint).resize(image.size, Image.Resampling.NEAREST)
         drawn = Image.alpha_composite(image.convert("RGBA"), over)
         _lines(drawn, grid.height, grid.width)
-        shown.append((drawn.convert("RGB"), caption))
+        shown.append((drawn.convert("RGB"), caption, ""))
     return shown
 
 
@@ -91,16 +114,10 @@ def page_gallery(inside: Inside) -> Shown:
         kept = set(output["kept"][0]) if output["kept"] else set()
         shown: Shown = []
         for number, picture in enumerate(inside.pictures):
-            image = _fit(picture.image, 320)
             stays = number in kept
-            if stays:
-                framed = Image.new("RGB", (image.width + 16, image.height + 16), _FRAME)
-                framed.paste(image, (8, 8))
-                image = framed
-            else:
-                image = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.45)
             told = "" if scores is None or number >= len(scores) else f", score {float(scores[number]):.2f}"
-            shown.append((image, f"{_name(inside, number)}{told}, {'kept' if stays else 'left out'}"))
+            caption = f"{_name(inside, number)}{told}, {'kept' if stays else 'left out'}"
+            shown.append((_fit(picture.image, 320), caption, "framed" if stays else "left-out"))
         return shown
     return []
 
