@@ -82,7 +82,8 @@ def maxsim(question: Tensor, asked: Tensor, vectors: Tensor, page: Tensor, pages
     chunk = max(1, _SCORES // (batch * length))
     for start in range(0, page.shape[1], chunk):
         some = slice(start, start + chunk)
-        similar = question @ vectors[:, some].transpose(1, 2)  # (B, Q, chunk)
+        with torch.autocast(question.device.type, enabled=False):  # scores stay float32
+            similar = question @ vectors[:, some].transpose(1, 2)  # (B, Q, chunk)
         best = best.scatter_reduce(2, page[:, None, some].expand_as(similar), similar, "amax")
     return best[..., :pages].masked_fill(~asked[:, :, None], 0.0).sum(dim=1)
 

@@ -26,7 +26,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm.chats import Chat, Chats, collate
+from mllm.chats import PLACEHOLDER, Chat, Chats, collate
 from mllm.errors import InputError
 from mllm.families import find_parts
 from mllm.finetuning import Finetuning, FinetuningOptions
@@ -143,7 +143,7 @@ class _Lessons:
                 f"None of the first {_LOOKED_AT} chats says which of its pictures hold the answer. Give "
                 "'retrieval_labels' in each record, 0 or 1 for each picture, or train on --data pages."
             )
-        return chats
+        return _Short(chats) if self.options.smoke else chats
 
     def inputs(self, batch: Sequence[Chat]) -> Any:
         model = find_parts(self.model).model
@@ -183,10 +183,9 @@ class _Lessons:
 
     def measure(self, folder: Path) -> None:
         """Page accuracy on the test side: printed, and saved in ``retrieval.json``."""
-        chats, count = (
-            self.options.chats("test"),
-            min(self.own.held_out, 4 if self.options.smoke else self.own.held_out),
-        )
+        chats, count = self.options.chats("test"), self.own.held_out
+        if self.options.smoke:
+            chats, count = _Short(chats), 2
         modules = [module for module in (find_parts(self.model).text, self.head) if module.training]
         for module in modules:
             module.eval()
@@ -210,6 +209,22 @@ class _Lessons:
                 f"top-5 {result['top5']:.1%}, {len(ranks)} chats"
             )
         (folder / RESULT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Short:
+    """Chats of two pages at most, one that holds the answer among them, for a quick look."""
+
+    chats: Chats
+
+    def __getitem__(self, number: int) -> Chat:
+        chat = self.chats[number]
+        if len(chat.images) <= 2 or any(PLACEHOLDER in question for question, _ in chat.turns):
+            return chat
+        first = chat.evidence[0] if chat.evidence else 0
+        pages = sorted({first, 0 if first else 1})
+        evidence = None if chat.evidence is None else tuple(n for n, page in enumerate(pages) if page in chat.evidence)
+        return replace(chat, images=tuple(chat.images[page] for page in pages), evidence=evidence)
 
 
 def _positives(chat: Chat, scores: Tensor | None) -> tuple[int, ...] | None:
