@@ -52,28 +52,32 @@ FEWEST = 5
 # --- layer effects ----------------------------------------------------------------------------------------------------
 
 
+#: what is recorded of every change
+FIELDS = ("next_kl", "next_kl_reverse", "answer_kl", "next_stays", "answer_stays")
+
+
 @dataclass(frozen=True)
 class Change:
     """How far the answer's distribution moved from the plain model's, per batch row.
 
     Attributes:
         next_kl: (...) KL(plain || changed) of the first answer token, in nats.
+        next_kl_reverse: (...) KL(changed || plain) of it, the direction that ShortV's released code takes.
         answer_kl: (...) the same, mean over the tokens of the plain greedy answer.
         next_stays: (...) bool, the most likely first token is the same.
         answer_stays: (...) bool, the most likely token is the same all along, so that the greedy answer is.
     """
 
     next_kl: Tensor
+    next_kl_reverse: Tensor
     answer_kl: Tensor
     next_stays: Tensor
     answer_stays: Tensor
 
-    FIELDS = ("next_kl", "answer_kl", "next_stays", "answer_stays")
-
     @classmethod
     def stack(cls, changes: Sequence[Change]) -> Change:
         """One more dimension, the second: (B,) becomes (B, len(changes))."""
-        return cls(*(torch.stack([getattr(change, name) for change in changes], dim=1) for name in cls.FIELDS))
+        return cls(*(torch.stack([getattr(change, name) for change in changes], dim=1) for name in FIELDS))
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,13 @@ class Probe:
 
     def compare(self, changed: Tensor) -> Change:
         """How far ``changed`` (B, T, V) is from the plain log-probabilities."""
-        kl = (self.plain.exp() * (self.plain - changed)).sum(dim=-1).clamp(min=0)  # (B, T)
+        gap = self.plain - changed  # (B, T, V)
+        kl = (self.plain.exp() * gap).sum(dim=-1).clamp(min=0)  # (B, T)
+        reverse = -(changed[:, 0].exp() * gap[:, 0]).sum(dim=-1).clamp(max=0)  # (B,)
         same = self.plain.argmax(dim=-1) == changed.argmax(dim=-1)  # (B, T)
         answer_kl = (kl * self.counted).sum(dim=1) / self.counted.sum(dim=1)  # (B,)
         stays = (same | ~self.counted).all(dim=1)  # (B,)
-        return Change(kl[:, 0].cpu(), answer_kl.cpu(), same[:, 0].cpu(), stays.cpu())
+        return Change(kl[:, 0].cpu(), reverse.cpu(), answer_kl.cpu(), same[:, 0].cpu(), stays.cpu())
 
     def under(self, technique: Technique | Stack, unchanged_layers: int = 0) -> Change:
         """The model with ``technique`` attached; its first ``unchanged_layers`` return what they did in the plain pass.
@@ -306,8 +312,9 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def folder_samples(folder: str | Path, question: str, count: int) -> list[Sample]:
-    """The same question about up to ``count`` pictures of a folder (not its subfolders), picked at
-    random but always the same.
+    """The same question about up to ``count`` pictures of a folder, picked at random but always the same.
+
+    Subfolders are not searched.
 
     Raises:
         EvalError: no folder, or no pictures in it.
@@ -421,7 +428,7 @@ def analyze(
     from mllm.eval.analyze_report import summarize, write_report
 
     out = Path(out_dir)
-    _check_settings(answer_tokens, batch_size, choose, technique, write)
+    _check_settings(answer_tokens, batch_size, choose, technique, write, out)
     results.write_json(out / "analysis.probe", {})  # find out before the work, not after it
     (out / "analysis.probe").unlink()
     if fresh:
@@ -445,7 +452,7 @@ def analyze(
         stack = choosing_stack(technique, layers)
         together = lab.together(samples, batch_size, stack)
         summary["chosen"] = {"technique": technique, "layers": layers} | {
-            name: _with_interval([record[name] for record in together]) for name in Change.FIELDS
+            name: _with_interval([record[name] for record in together]) for name in FIELDS
         }
         if write is not None:
             save_config(Config(Path(write).stem, stack), write)
@@ -456,7 +463,7 @@ def analyze(
 
 
 def _check_settings(
-    answer_tokens: int, batch_size: int, choose: int | None, technique: str, write: str | Path | None
+    answer_tokens: int, batch_size: int, choose: int | None, technique: str, write: str | Path | None, out: Path
 ) -> None:
     """Everything that can be refused before a model is loaded."""
     if answer_tokens < 1 or batch_size < 1:
@@ -473,7 +480,8 @@ def _check_settings(
     path = Path(write)
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path} must end in .yaml: it is a config file.")
-    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    there = path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    if not there and path.parent.absolute() != out.absolute():  # the result folder is made soon
         raise ConfigError(f"{path} cannot be written: its folder does not exist or is not writable.")
     if not path.stem or not all(c.isalnum() or c in "_-." for c in path.stem):
         raise ConfigError(f"{path}: the file's name becomes the config's; use letters, digits, '_', '-' and '.'.")
@@ -524,7 +532,7 @@ class _Lab:
                 inputs = self._inputs(batch, pictures)
                 change = Probe(self.model, inputs, self.settings["answer_tokens"]).under(stack)
                 for row in range(len(batch)):
-                    changes.append({name: float(getattr(change, name)[row]) for name in Change.FIELDS})
+                    changes.append({name: float(getattr(change, name)[row]) for name in FIELDS})
                 bar.update(len(batch))
         return changes
 
@@ -561,9 +569,9 @@ class _Lab:
                 "tokens": dict(zip(QUERIES, effects.flow.counts[row].tolist(), strict=True)),
                 "mass": _plain(effects.flow.mass[row]),
                 "uniform": _plain(effects.flow.uniform[row]),
-                "contribution": {name: getattr(effects.frozen, name)[row].tolist() for name in Change.FIELDS},
-                "exit": {name: getattr(effects.exits, name)[row].tolist() for name in Change.FIELDS},
-                "blank": {name: getattr(blank, name)[row].item() for name in Change.FIELDS},
+                "contribution": {name: getattr(effects.frozen, name)[row].tolist() for name in FIELDS},
+                "exit": {name: getattr(effects.exits, name)[row].tolist() for name in FIELDS},
+                "blank": {name: getattr(blank, name)[row].item() for name in FIELDS},
             }
             for row, sample in enumerate(batch)
         ]
@@ -597,4 +605,6 @@ def _read_sample(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and "key" in record and "blank" in record else None
+    return (
+        record if isinstance(record, dict) and "key" in record and set(record.get("blank", ())) == set(FIELDS) else None
+    )

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mllm.errors import EvalError
-from mllm.eval.analyze import FEWEST, Change
+from mllm.eval.analyze import FEWEST, FIELDS
 from mllm.eval.attention_flow import KEYS, QUERIES
 from mllm.eval.results import write_json
 from mllm.eval.stats import wilson
@@ -167,11 +167,11 @@ def summarize(
     for what in ("contribution", "exit"):
         summary[what] = {
             name: _curve(np.array([record[what][name] for record in records], dtype=float), name.endswith("stays"))
-            for name in Change.FIELDS
+            for name in FIELDS
         }
     summary["blank"] = {
         name: _first(_curve(_column(records, lambda r, n=name: r["blank"][n]), name.endswith("stays")))
-        for name in Change.FIELDS
+        for name in FIELDS
     }
     summary["stages"] = find_stages(_pick(mass, "text", "image"))
     stays = summary["exit"]["answer_stays"]["mean"]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from contract import logits
+from reference import reference_logits
+from test_cli import run
 from tiny import FAMILIES, save_tiny, tiny_image, tiny_inputs, tiny_model, tiny_processor, visual_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,11 +100,32 @@ def test_effects_equal_plain_runs(family):
             with technique(model):
                 changed = logits(model, inputs)[:, -1].double().log_softmax(dim=-1)
             kl = (plain.exp() * (plain - changed)).sum(dim=-1)  # (B,)
+            reverse = (changed.exp() * (changed - plain)).sum(dim=-1)  # (B,)
             assert torch.allclose(change.next_kl[:, layer], kl.clamp(min=0), atol=1e-6)
+            assert torch.allclose(change.next_kl_reverse[:, layer], reverse.clamp(min=0), atol=1e-6)
             assert torch.equal(change.next_stays[:, layer], plain.argmax(-1) == changed.argmax(-1))
     assert (effects.exits.next_kl[:, -1] == 0).all()  # after the last layer there is nothing left to lose
     assert (effects.frozen.next_kl[-1] == 0).all()  # the row without a picture
     assert effects.frozen.next_kl[0].max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_effects_equal_the_naive_reference(family):
+    """Row by row, without hooks, padding or reuse; two images in a row."""
+    model = tiny_model(family, "sdpa")
+    inputs = tiny_inputs(model, tiny_processor(family), "two_images")
+    effects = layer_effects(model, inputs)
+    with torch.no_grad():
+        plain = [row[-1] for row in reference_logits(model, inputs)]  # B x (V,)
+        for layer in (0, 3):
+            for change, options in (
+                (effects.frozen, {"policy": "freeze", "policy_layers": (layer,)}),
+                (effects.exits, {"exit_after": layer}),
+            ):
+                for number, row in enumerate(reference_logits(model, inputs, **options)):
+                    before, after = plain[number].double().log_softmax(-1), row[-1].double().log_softmax(-1)  # (V,)
+                    expected = float((before.exp() * (before - after)).sum())
+                    assert float(change.next_kl[number, layer]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_longer_answers_compare_every_token():
@@ -151,6 +174,13 @@ def test_stages_are_found_where_the_curve_shows_them():
     found = find_stages(curve * rng.uniform(0.9, 1.1, (20, 30)))
     assert found["found"]
     assert [(s["first"], s["last"]) for s in found["stages"]] == [(0, 2), (3, 17), (18, 29)]
+    curve[25:] = 0.05  # what comes after the reasoning is no stage
+    found = find_stages(curve * rng.uniform(0.9, 1.1, (20, 30)))
+    assert [(s["first"], s["last"]) for s in found["stages"]] == [(0, 2), (3, 17), (18, 24)]
+    curve = np.array([0.5] * 14 + [0.1] * 8 + [0.3] * 8)
+    found = find_stages(curve * rng.uniform(0.9, 1.1, (20, 30)))
+    assert not found["found"]
+    assert "late" in found["reason"]
     for flat in (np.full((20, 30), 0.2), np.tile(np.linspace(0.5, 0.1, 30), (20, 1)), np.full((20, 6), 0.2)):
         found = find_stages(flat * rng.uniform(0.97, 1.03, flat.shape))
         assert not found["found"]
@@ -185,6 +215,7 @@ def test_a_run_writes_everything_and_goes_on_where_it_was_stopped(folders, tmp_p
     assert (technique.name, list(technique.layers)) == ("EEMLLM", summary["chosen"]["layers"])
     saved = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert len(saved["contribution"]["next_kl"]["mean"]) == LAYERS
+    assert saved["contribution"]["next_kl"]["low"] == [None] * LAYERS  # three samples are too few for an interval
     assert saved["flow"]["text->image"]["n"] == 3
     assert "Layers" in (tmp_path / "run" / "analysis.md").read_text()
     assert (tmp_path / "run" / "analysis.png").stat().st_size > 5000
@@ -218,16 +249,38 @@ def test_bad_samples_are_refused(tmp_path):
 
 
 def test_the_command(folders, tmp_path, monkeypatch, capsys):
-    from test_cli import run
-
     model, pictures = folders
     arguments = ["analyze", "--model", model, "--images", pictures, "--question", "What?", "--device", "cpu"]
     code, out, _ = run(monkeypatch, capsys, *arguments, "--samples", 1, "--answer-tokens", 1, "--out", tmp_path / "run")
     assert code == 0
     assert "1 samples, 6 layers" in out
-    code, _, err = run(monkeypatch, capsys, "analyze", "--question", "What?", "--out", tmp_path / "x")
+    code, _, err = run(monkeypatch, capsys, *arguments, "--choose", 7, "--out", tmp_path / "run")
     assert code == 1
-    assert "add --images FOLDER" in err
+    assert "7 layers cannot be chosen: this model has 6" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--question", "What?"], "add --images FOLDER"),
+        (["--images", "."], "takes a --question"),
+        (["--images", ".", "--question", "What?", "--task", "mllm_vqa"], "no --task"),
+        (["--task", "nothing"], "no offline task 'nothing'"),
+        (["--samples", 0], "samples=0"),
+        (["--answer-tokens", 0], "answer_tokens=0"),
+        (["--write", "x.yaml"], "Add --choose N"),
+        (["--choose", 0], "choose=0"),
+        (["--choose", 1, "--technique", "DyVTE"], "DyVTE has no layers to choose"),
+        (["--choose", 1, "--technique", "nothing"], "Unknown technique 'nothing'"),
+        (["--choose", 1, "--write", "nowhere/x.yaml"], "nowhere/x.yaml cannot be written"),
+        (["--choose", 1, "--write", "x.txt"], "must end in .yaml"),
+        (["--choose", 1, "--write", "a b.yaml"], "use letters, digits"),
+    ],
+)
+def test_mistakes_end_with_their_reason(monkeypatch, capsys, tmp_path, arguments, message):
+    """Before a model is loaded: there is none here."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, "analyze", "--model", "./none", "--out", "out", *arguments)
+    assert (code, out) == (1, "")
+    assert message in err
     assert "Traceback" not in err
-    code, _, err = run(monkeypatch, capsys, "analyze", "--task", "nothing", "--out", tmp_path / "x")
-    assert code == 1
