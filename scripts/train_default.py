@@ -386,9 +386,9 @@ AdamW, peak rate 6e-4, cosine, on CPU; early batches see 49 visual tokens a pict
 
 **Held-out scores** (`scripts/train_default.py --evaluate --limit {limit}`; the committed evaluation tasks, free
 generation, 95 % intervals). *shuffled* shows the picture of another question of the same kind with another answer,
-*blank* a white one: what is not above these does not come from the picture. (A model that looks scores below chance when shuffled, since
-the other picture shows another answer.) Accuracy; for captions, F1 of the content words. The best constant reply to
-each kind of question scores {constant}.
+*blank* a white one: what is not above these does not come from the picture. (A model that looks scores below chance
+when shuffled, since the other picture shows another answer.) Accuracy; for captions, F1 of the content words. The best
+constant reply to each kind of question scores {constant}.
 
 | task | kind of question | n | with the picture | shuffled picture | blank picture |
 |---|---|---|---|---|---|

@@ -907,9 +907,10 @@ def test_hidden_states_are_refused_where_rows_come_back():
 def test_the_command_line_shows_it(monkeypatch, capsys, tmp_path):
     code, out, _ = run_command(monkeypatch, capsys, "list")
     assert code == 0
-    (line,) = [line for line in out.splitlines() if line.startswith("DyVTE(")]
-    assert "exit_layer" in line
-    assert "mllm train dyvte" in line
+    lines = out.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("DyVTE ")]
+    assert "mllm train dyvte" in lines[place]
+    assert "exit_layer" in lines[place + 1]
     config = tmp_path / "gate.yaml"
     config.write_text("techniques: [{technique: DyVTE, gate: paper, max_exit_layer: 15}]")
     code, out, _ = run_command(monkeypatch, capsys, "cost", "--arch", "llava-1.5-7b", "--config", config)

@@ -95,7 +95,7 @@ def test_export_and_model_card(parts, tmp_path):
     card = (tmp_path / "weights" / "README.md").read_text()
     assert "| mllm_vqa | **all** | 10 | 0.50 [0.20, 0.80] | 0.50 [0.20, 0.80] | 0.50 [0.20, 0.80] |" in card
     assert "2 steps of 2 pictures" in card
-    assert "before and after: scenes" in card
+    assert "before and after:\nscenes" in card
     assert json.loads((tmp_path / "weights" / "scores.json").read_text()) == rows
 
 
