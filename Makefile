@@ -1,16 +1,18 @@
 # make run    evaluate the default model as it is and under every config, then write the report   (FRESH=1 starts over)
 # make test   run every test, offline
+# make demo   chat with the default model in the browser, with and without techniques   (DEMO="--port 8000")
 PYTHON ?= python3
 OUT ?= runs/default
 LIMIT ?= 10
 BATCH ?= 2
 TASKS ?= mllm_vqa,mllm_caption,mllm_reading,mllm_docqa,mllm_text
 PYTEST ?=
+DEMO ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test lint clean
+.PHONY: run test demo lint clean
 
 run: $(INSTALLED)
 	$(BIN)/mllm fetch-default
@@ -20,6 +22,10 @@ run: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 $(PYTEST)
+
+demo: $(INSTALLED)
+	$(BIN)/mllm fetch-default
+	HF_HUB_OFFLINE=1 $(BIN)/mllm demo $(DEMO)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -90,8 +90,8 @@ CSS = """
 .mllm-router .picture { border: 1px dashed var(--mllm-grid); border-radius: 3px; padding: 0 6px; margin: 0 3px; }
 #examples button { min-width: 0; }
 @media (max-width: 640px) {
-  .gradio-container main { padding-left: 12px !important; padding-right: 12px !important; }
-  #full, #other { height: 210px !important; min-height: 210px !important; }
+  #full, #other { height: 240px !important; min-height: 240px !important; }
+  .mllm-thumbs img { height: 44px; }
   #head h1 { font-size: 1.25rem; }
 }
 """

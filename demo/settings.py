@@ -228,7 +228,8 @@ class Panel:
             if isinstance(error, MllmError):
                 raise
             raise ConfigError(f"{where} is not valid YAML: {error}") from error
-        for entry in data.get("techniques") or [] if isinstance(data, dict) else []:
+        listed = data.get("techniques") if isinstance(data, dict) else None
+        for entry in listed if isinstance(listed, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("technique"), str):
                 self._check_entry(entry)
         config = parse_config(data, where)

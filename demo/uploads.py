@@ -79,8 +79,12 @@ def _read_picture(path: Path, limits: Limits) -> Image.Image:
                 width, height = image.size
     except UnidentifiedImageError as error:
         raise InputError(f"{path.name} is not a picture, or it is damaged. {_ALLOWED}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path.name} is damaged, cut short or too large. {_ALLOWED}") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path.name} has far too many pixels; at most {limits.pixels / 1e6:.0f} million are read. Scale it down."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path.name} is damaged or cut short. {_ALLOWED}") from error
     if width * height > limits.pixels:
         raise InputError(
             f"{path.name} is {width:,} x {height:,} pixels; at most {limits.pixels / 1e6:.0f} million are read. "

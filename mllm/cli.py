@@ -247,6 +247,45 @@ def train_command(
         typer.echo(folder)
 
 
+@app.command("demo")
+def demo_command(
+    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int | None, typer.Option(help="The first free one from 7860 on without.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open Gradio's public tunnel: anybody can use it.")] = False,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Folder with a trained technique to offer; repeatable.")
+    ] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+) -> None:
+    """Chat about pictures and PDFs in the browser: full model and model with techniques, side by side.
+
+    Example: mllm demo --model default --port 7860
+    """
+    try:
+        from mllm.demo.app import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("gradio", "pypdfium2"):
+            raise
+        raise ConfigError(f"The demo needs {error.name}. pip install 'mllm-efficiency[demo]'.") from error
+
+    serve(
+        model,
+        host=host,
+        port=port,
+        share=share,
+        weights=weights or (),
+        attn=attn,
+        dtype=dtype,
+        device=device,
+        ready=lambda address: typer.echo(f"The demo is open at {address} (Ctrl+C ends it)."),
+    )
+
+
 def _pairs(texts: list[str] | None, flag: str) -> dict[str, object]:
     """KEY=VALUE texts as a mapping; values are JSON where they can be, else texts."""
     pairs: dict[str, object] = {}

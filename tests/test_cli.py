@@ -14,7 +14,7 @@ from mllm import cli
 from mllm.technique import TrainedTechnique, get_technique
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["list", "cost", "measure", "fetch-default", "eval", "report", "train", "analyze"]
+COMMANDS = ["list", "cost", "measure", "fetch-default", "eval", "report", "train", "analyze", "demo"]
 
 
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
