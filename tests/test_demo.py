@@ -252,7 +252,7 @@ def test_answers_are_those_of_the_library(backend, stack):
     ]
     assert steps[-1] == ("done", expected)
     assert all(expected.startswith(text) for _, text in steps)
-    assert len({text for _, text in steps}) > 2  # it is written bit by bit
+    assert len({text for _, text in steps}) >= 2  # it is written bit by bit, as fast as the page takes it
 
 
 def test_an_answer_tells_its_cost(backend):
