@@ -41,3 +41,36 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The cells of the first table of configs in a Markdown text."""
+    lines = re.search(r"^\| config .*?\n(?!\|)", text, re.MULTILINE | re.DOTALL).group().splitlines()
+    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    return [cells[0], *cells[2:]]
+
+
+def _numbers(cell: str) -> list[float]:
+    """The numbers of a cell, as the README rounds them."""
+    return [round(float(number), 2) for number in re.findall(r"[-+]?\d+\.\d+", cell)]
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_report():
+    """docs/report is what `make run` wrote: copy report.md and pareto.png there when the numbers change."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, *rows = _rows((ROOT / "docs" / "report" / "report.md").read_text(encoding="utf-8"))
+    report = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    shown = {row[0].split()[0]: row[1:] for row in _rows(readme)[1:]}
+    assert set(shown) == set(report) <= {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    for config, (score, difference, *costs) in shown.items():
+        row = report[config]
+        assert _numbers(score) == _numbers(row["score [95 % CI]"])
+        assert _numbers(difference) == _numbers(row["paired difference [95 % CI]"])
+        for cost, name in zip(costs, ("GFLOPs", "TTFT ms", "KV MB"), strict=True):
+            ratio = re.search(r"\((.*)×\)", row[name])
+            assert cost.split()[0].rstrip("x") == (ratio.group(1) if ratio else row[name]), (config, name)
+    headline = readme.split("## Quick start")[0]
+    late = report["exit_late"]
+    for number in (*_numbers(late["score [95 % CI]"])[:1], *_numbers(late["paired difference [95 % CI]"])):
+        assert f"{number:.2f}" in headline
+    assert re.search(r"\((.*)×\)", late["GFLOPs"]).group(1) + "x" in headline
