@@ -21,7 +21,7 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 $(PYTEST)
+		$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 $(PYTEST)
 
 demo: $(INSTALLED)
 	$(BIN)/mllm fetch-default

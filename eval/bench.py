@@ -37,6 +37,7 @@ from mllm.loading import pick_device, pick_dtype
 from mllm.technique import Stack, VisualPolicy
 from mllm.timing import PeakMemory, synchronize
 from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
+from mllm.versions import CACHE
 
 _IMAGE, _VOCABULARY = 5, 1000
 _RESAMPLES = 1000
@@ -220,7 +221,7 @@ def oracle_prefill(model: nn.Module, stack: Stack, inputs: dict[str, Any]) -> Dy
         elif number == last + 1 and hidden.shape[1] == whole[0].shape[1]:
             hidden = without(hidden)
         tables = whole if number <= last else short
-        hidden = layer(hidden, attention_mask=None, position_embeddings=tables, past_key_values=cache, use_cache=True)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=tables, use_cache=True, **{CACHE: cache})
     text_model.norm(hidden)
     return cache
 
@@ -231,7 +232,7 @@ def oracle_step(model: nn.Module, token: Tensor, position: int, cache: DynamicCa
     hidden = text_model.embed_tokens(token)  # (B, 1, D)
     rotary = text_model.rotary_emb(hidden, torch.tensor([[position]], device=hidden.device))
     for layer in text_model.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
     text_model.norm(hidden)
 
 
@@ -285,7 +286,7 @@ def measure_size(
         return base(**{**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"]), **more}, use_cache=True)
 
     def step(cache: DynamicCache) -> Any:
-        return base(input_ids=token, past_key_values=cache, use_cache=True)
+        return base(input_ids=token, use_cache=True, **{CACHE: cache})
 
     def peak(call: Callable[[], Any]) -> int | None:
         memory.reset()
@@ -301,7 +302,7 @@ def measure_size(
         handle = stack.attach(model)
         first = run()  # warm up; also fills the image cache where there is one
         handle.run.reset()
-        cache = run().past_key_values
+        cache = run()[CACHE]
         report = handle.run.report()
         prefill.predicted = report.dense_flops / report.flops
         prefill.kv_bytes, prefill.dense_kv_bytes = report.kv_bytes, report.dense_kv_bytes
@@ -319,7 +320,7 @@ def measure_size(
             if with_oracle:
                 oracle.append(_timed(device, lambda stack=stack: oracle_prefill(model, stack, inputs)))
         _fill(prefill, plain, technique, oracle)
-        dense = run().past_key_values
+        dense = run()[CACHE]
         bare = oracle_prefill(model, stack, inputs) if with_oracle else None
         plain, technique, oracle = [], [], []
         for number in range(2 * rounds + 2):

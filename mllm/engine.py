@@ -46,6 +46,7 @@ from mllm.reuse import ImageCache, Reuse
 from mllm.rows import Rows, Split, key_order
 from mllm.run import Run
 from mllm.technique import BranchView, LayerView, Opened, Revived, Technique
+from mllm.versions import CACHE, cache_of
 
 if TYPE_CHECKING:
     from mllm.roles import ChatFormat
@@ -213,7 +214,7 @@ class Step:
         """Prepare ``kwargs`` for layer ``number`` and return the rows that run it, (B, active, D)."""
         policy = self.engine.policies[number] if self.visual or self.revived is not None else None
         if number == 0:
-            self.cache = kwargs.get("past_key_values")  # the decoder makes one where it was given none
+            self.cache = cache_of(kwargs)  # the decoder makes one where it was given none
             self._start(hidden)
         rotary = self._tables(kwargs["position_embeddings"])
         before = self.split
@@ -829,7 +830,7 @@ class Engine:
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         labels = kwargs.pop(_LABELS, None)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         past_length = cache.get_seq_length() if cache is not None else 0
         encoded = given.get("mm_encoder_outputs") or {}
         visual = any(given.get(name) is not None for name in self.parts.family.visual_arguments) or any(
@@ -919,7 +920,7 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     if passive is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != _PASSIVE}
-    kwargs["past_key_values"] = JoinedCache(kwargs.get("past_key_values"), *passive)
+    kwargs[CACHE] = JoinedCache(cache_of(kwargs), *passive)
     return args, kwargs
 
 

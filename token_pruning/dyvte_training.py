@@ -45,6 +45,7 @@ from mllm.technique import Stack
 from mllm.token_pruning.dyvte import DyVTE
 from mllm.token_pruning.dyvte_gates import Gates, logit, read_prompts
 from mllm.training import Options, Recipe
+from mllm.versions import CACHE
 
 CURVE, PICTURE = "exits.json", "exits.png"
 
@@ -229,7 +230,7 @@ def _run(layer: nn.Module, states: Tensor, call: dict[str, Any], text: Tensor, b
         allowed = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
         mask = additive(allowed, states.dtype)[None, None]
     tables = tuple(table[:, text] for table in call["position_embeddings"])
-    rest = {"attention_mask": mask, "position_embeddings": tables, "position_ids": None, "past_key_values": None}
+    rest = {"attention_mask": mask, "position_embeddings": tables, "position_ids": None, CACHE: None}
     output = layer(states, **{**call, **rest, "use_cache": False})
     return output[0] if isinstance(output, tuple) else output
 
