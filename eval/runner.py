@@ -97,28 +97,28 @@ def run_grid(
         manager = _task_manager(tasks, include_path)
     cells = []
     total = len(models) * len(loaded_configs) * len(tasks)
-    bar = tqdm(total=total, desc="cells", disable=not first, file=sys.stderr)
-    for name in models:
-        model = None  # loaded when the first cell needs it
-        # configs of a task follow each other, so that their times are taken under the same conditions
-        for task in tasks:
-            for config in loaded_configs:
-                samples = limits.get(task)
-                key = _key(name, config, task, samples, batch_size, shared, include_path)
-                path = results.cell_path(out, name, config.name, task)
-                bar.set_postfix_str(f"{config.name}, {task}")
-                cell = _agree(results.read_cell(path) if first else None)
-                if cell is None or cell["key"] != key:
-                    if model is None:
-                        model = load(name, attn=attn, dtype=dtype, device=_local(device))
-                        _warm_up(*model)
-                    cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager)
-                    if first:
-                        cell["key"] = key
-                        results.write_json(path, cell)
-                cells.append(cell)
-                bar.update()
-    bar.close()
+    # a bar that is closed leaves its line to an error's message
+    with tqdm(total=total, desc="cells", disable=not first, file=sys.stderr) as bar:
+        for name in models:
+            model = None  # loaded when the first cell needs it
+            # configs of a task follow each other, so that their times are taken under the same conditions
+            for task in tasks:
+                for config in loaded_configs:
+                    samples = limits.get(task)
+                    key = _key(name, config, task, samples, batch_size, shared, include_path)
+                    path = results.cell_path(out, name, config.name, task)
+                    bar.set_postfix_str(f"{config.name}, {task}")
+                    cell = _agree(results.read_cell(path) if first else None)
+                    if cell is None or cell["key"] != key:
+                        if model is None:
+                            model = load(name, attn=attn, dtype=dtype, device=_local(device))
+                            _warm_up(*model)
+                        cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager)
+                        if first:
+                            cell["key"] = key
+                            results.write_json(path, cell)
+                    cells.append(cell)
+                    bar.update()
     if not first:
         return []
     summary = [{name: value for name, value in cell.items() if name not in ("samples", "key")} for cell in cells]

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,13 @@ def test_a_corrupt_cell_is_kept_aside_and_run_again(model, tmp_path, capsys):
         assert (path.with_suffix(f".corrupt-{number}")).read_text() == "{ half a file"
         assert f"kept as {path.stem}.corrupt-{number}" in capsys.readouterr().err
     assert again[0]["score"] == cells[0]["score"]
+
+
+def test_an_errors_message_has_a_line_of_its_own(model, tmp_path, capsys):
+    (tmp_path / "deep.yaml").write_text("techniques: [{technique: DyVTE, exit_layer: 99}]")
+    with pytest.raises(ConfigError, match="exit_layer=99, but this model has 6 layers"):
+        grid(model, tmp_path / "out", (tmp_path / "deep.yaml",), ("mllm_vqa",))
+    assert re.split(r"[\r\n]", capsys.readouterr().err)[-1].strip() == ""  # no bar is left open
 
 
 def test_failed_samples_are_counted_and_left_out(model, tmp_path, monkeypatch):
