@@ -134,7 +134,7 @@ class MllmLmms(lmms):
         """Answer chat requests; batches hold requests of equal settings and similar length."""
         answered: dict[int, Record] = {}
         bar = tqdm(total=len(requests), desc="answers", disable=self.rank != 0, file=sys.stderr, leave=False)
-        with self.stack(self.model, self.processor) as run:
+        with bar, self.stack(self.model, self.processor) as run:
             for numbers in self._batches(requests):
                 batch = []
                 for number in numbers:  # pictures are opened batch by batch: all of them need not fit into memory
@@ -145,7 +145,6 @@ class MllmLmms(lmms):
                 records = self._answer(batch, run) if batch else []
                 answered.update((request.number, record) for request, record in zip(batch, records, strict=True))
                 bar.update(len(numbers))
-        bar.close()
         records = [answered[number] for number in range(len(requests))]
         for request, record in zip(requests, records, strict=True):
             _, _, _, doc_id, task, _ = request.args

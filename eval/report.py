@@ -334,7 +334,7 @@ def _constants(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], 
 def _mixtures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], Cell]) -> list[str]:
     """Remarks on what makes rows hard to compare."""
     remarks = []
-    for key in ("backend", "dtype", "device", "batch_size", "seed", "limit"):
+    for key in ("backend", "dtype", "device", "batch_size", "seed"):
         values = sorted({str(cell[key]) for cell in chosen.values() if key in cell})
         if len(values) > 1:
             remarks.append(f"The results mix several values of {key}: {', '.join(values)}.")

@@ -11,7 +11,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def run_grid(
     configs: Sequence[str | Path],
     tasks: Sequence[str],
     out_dir: str | Path,
-    limit: int | None = None,
+    limit: int | Mapping[str, int] | None = None,
     batch_size: int = 1,
     attn: str | None = None,
     dtype: str = "auto",
@@ -52,7 +52,7 @@ def run_grid(
         configs: config files.
         tasks: lmms-eval task names, ours or built-in ones.
         out_dir: gets ``cells/*.json`` and ``results.json``.
-        limit: samples per task; all without.
+        limit: samples per task, or of each task by its name; all without.
         batch_size, attn, dtype, device: as for :class:`mllm.eval.lmms_model.MllmLmms`.
         include_path: a folder with further tasks.
         fresh: run finished cells again.
@@ -68,8 +68,12 @@ def run_grid(
         raise EvalError(
             f"{len(models)} models, {len(configs)} configs, {len(tasks)} tasks: at least one of each is needed."
         )
-    if limit is not None and limit < 1:
-        raise EvalError(f"limit={limit}: at least one sample per task is needed. Leave it out for all.")
+    limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(tasks, limit)
+    if unknown := [task for task in limits if task not in tasks]:
+        raise EvalError(f"limit is given for {', '.join(unknown)}, but the tasks are: {', '.join(tasks)}.")
+    for number in limits.values():
+        if number is not None and number < 1:
+            raise EvalError(f"limit={number}: at least one sample per task is needed. Leave it out for all.")
     out = Path(out_dir)
     loaded_configs = [load_config(path) for path in configs]
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
@@ -93,27 +97,28 @@ def run_grid(
         manager = _task_manager(tasks, include_path)
     cells = []
     total = len(models) * len(loaded_configs) * len(tasks)
-    bar = tqdm(total=total, desc="cells", disable=not first, file=sys.stderr)
-    for name in models:
-        model = None  # loaded when the first cell needs it
-        # configs of a task follow each other, so that their times are taken under the same conditions
-        for task in tasks:
-            for config in loaded_configs:
-                key = _key(name, config, task, limit, batch_size, shared, include_path)
-                path = results.cell_path(out, name, config.name, task)
-                bar.set_postfix_str(f"{config.name}, {task}")
-                cell = _agree(results.read_cell(path) if first else None)
-                if cell is None or cell["key"] != key:
-                    if model is None:
-                        model = load(name, attn=attn, dtype=dtype, device=_local(device))
-                        _warm_up(*model)
-                    cell = _run_cell(model, name, config, task, limit, batch_size, shared, manager)
-                    if first:
-                        cell["key"] = key
-                        results.write_json(path, cell)
-                cells.append(cell)
-                bar.update()
-    bar.close()
+    # a bar that is closed leaves its line to an error's message
+    with tqdm(total=total, desc="cells", disable=not first, file=sys.stderr) as bar:
+        for name in models:
+            model = None  # loaded when the first cell needs it
+            # configs of a task follow each other, so that their times are taken under the same conditions
+            for task in tasks:
+                for config in loaded_configs:
+                    samples = limits.get(task)
+                    key = _key(name, config, task, samples, batch_size, shared, include_path)
+                    path = results.cell_path(out, name, config.name, task)
+                    bar.set_postfix_str(f"{config.name}, {task}")
+                    cell = _agree(results.read_cell(path) if first else None)
+                    if cell is None or cell["key"] != key:
+                        if model is None:
+                            model = load(name, attn=attn, dtype=dtype, device=_local(device))
+                            _warm_up(*model)
+                        cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager)
+                        if first:
+                            cell["key"] = key
+                            results.write_json(path, cell)
+                    cells.append(cell)
+                    bar.update()
     if not first:
         return []
     summary = [{name: value for name, value in cell.items() if name not in ("samples", "key")} for cell in cells]

@@ -14,7 +14,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     share, spread = right / total, Z95**2 / total
     middle = (share + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # rounding must not leave a trace at the ends
+    return 0.0 if right == 0 else middle - half, 1.0 if right == total else middle + half
 
 
 def bootstrap(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -115,7 +115,9 @@ def evaluate(
     model: Annotated[list[str] | None, typer.Option(help="'default', a folder or a hub name; repeatable.")] = None,
     configs: Annotated[list[Path] | None, typer.Option(help="Config files; repeatable, or list them.")] = None,
     more_configs: Annotated[list[Path] | None, typer.Argument(help="More config files.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples per task; all without.")] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Samples per task, or TASK=SAMPLES,TASK=SAMPLES...; all without.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 1,
     attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -133,7 +135,7 @@ def evaluate(
         models=model or ["default"],
         configs=[*(configs or []), *(more_configs or [])],
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
-        limit=limit,
+        limit=_limit(limit),
         batch_size=batch_size,
         out_dir=out,
         attn=attn,
@@ -144,6 +146,21 @@ def evaluate(
     )
     if cells:  # only the first of several processes has them
         _write_report(out)
+
+
+def _limit(text: str | None) -> int | dict[str, int] | None:
+    """What ``--limit`` says: a number for all tasks, or one by task."""
+    from mllm.errors import ConfigError
+
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    limits = {}
+    for part in text.split(","):
+        task, _, number = (piece.strip() for piece in part.partition("="))
+        if not task or not number.isdecimal():
+            raise ConfigError(f"--limit {text}: {part!r} is neither a number of samples nor TASK=SAMPLES.")
+        limits[task] = int(number)
+    return limits
 
 
 @app.command()

@@ -23,7 +23,7 @@ def open_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
-    name = str(getattr(source, "name", source))
+    name = str(source if isinstance(source, str | Path) else getattr(source, "name", "The picture"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
@@ -31,9 +31,11 @@ def open_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise InputError(
-                        f"{name} is {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Scale it down first."
+                        f"{name} has {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Scale it down first."
                     )
                 return to_rgb(image)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{name} does not exist.") from error
     except UnidentifiedImageError as error:

@@ -100,6 +100,8 @@ class VisionTowerModel(PreTrainedModel):
     def grid(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) chosen feature maps, concatenated on the grid of the first."""
         levels = list(self.config.levels)
+        # processors give float32; like other towers, take it whatever the weights are stored in
+        pixel_values = pixel_values.to(next(self.encoder.parameters()).dtype)
         if self.config.library == "timm" or hasattr(self.encoder, "trunk"):
             encoder = getattr(self.encoder, "trunk", self.encoder)
             last, maps = encoder.forward_intermediates(pixel_values, indices=None, output_fmt="NCHW")

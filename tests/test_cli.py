@@ -11,6 +11,7 @@ import pytest
 from tiny import save_tiny, tiny_image
 
 from mllm import cli
+from mllm.errors import ConfigError
 from mllm.technique import TrainedTechnique, get_technique
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,19 @@ def test_mistakes_end_with_their_reason(monkeypatch, capsys, arguments, message)
     assert err.startswith("mllm: ")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [(None, None), ("20", 20), ("mllm_vqa=30, mllm_text=6", {"mllm_vqa": 30, "mllm_text": 6})]
+)
+def test_limit_for_all_tasks_or_by_task(text, limit):
+    assert cli._limit(text) == limit
+
+
+@pytest.mark.parametrize("text", ["many", "mllm_vqa=", "=3", "mllm_vqa=3,4", "-1", "1.5"])
+def test_limits_that_are_no_numbers(text):
+    with pytest.raises(ConfigError, match="neither a number of samples nor TASK=SAMPLES"):
+        cli._limit(text)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

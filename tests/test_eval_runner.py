@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,11 @@ def test_cells_hold_what_is_promised(model, tmp_path, capsys):
     assert sum(sample["score"] for sample in samples) / 4 == plain["score"]
 
 
+def test_each_task_can_have_its_own_number_of_samples(model, tmp_path):
+    cells = grid(model, tmp_path, tasks=("mllm_text", "mllm_reading"), limit={"mllm_text": 3, "mllm_reading": 2})
+    assert [(cell["task"], cell["n"], cell["limit"]) for cell in cells] == [("mllm_text", 3, 3), ("mllm_reading", 2, 2)]
+
+
 def test_a_killed_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     run_cell, done = runner._run_cell, []
 
@@ -108,6 +114,13 @@ def test_a_corrupt_cell_is_kept_aside_and_run_again(model, tmp_path, capsys):
     assert again[0]["score"] == cells[0]["score"]
 
 
+def test_an_errors_message_has_a_line_of_its_own(model, tmp_path, capsys):
+    (tmp_path / "deep.yaml").write_text("techniques: [{technique: DyVTE, exit_layer: 99}]")
+    with pytest.raises(ConfigError, match="exit_layer=99, but this model has 6 layers"):
+        grid(model, tmp_path / "out", (tmp_path / "deep.yaml",), ("mllm_vqa",))
+    assert re.split(r"[\r\n]", capsys.readouterr().err)[-1].strip() == ""  # no bar is left open
+
+
 def test_failed_samples_are_counted_and_left_out(model, tmp_path, monkeypatch):
     from mllm.eval import lmms_model
 
@@ -144,6 +157,8 @@ def test_backends_and_formats_are_not_mixed(model, tmp_path):
         ({"tasks": ("mllm_smell",)}, EvalError, "Unknown task mllm_smell. Offline tasks: mllm_caption, mllm_docqa"),
         ({"tasks": ()}, EvalError, "0 tasks"),
         ({"limit": 0}, EvalError, "limit=0"),
+        ({"limit": {"mllm_text": 0}}, EvalError, "limit=0"),
+        ({"limit": {"mllm_vqa": 3}}, EvalError, "limit is given for mllm_vqa, but the tasks are: mllm_text"),
         ({"configs": (PLAIN, PLAIN)}, EvalError, "Several configs are named none"),
         ({"configs": ("nowhere.yaml",)}, ConfigError, "nowhere.yaml cannot be read"),
     ],
@@ -244,6 +259,8 @@ def test_wilson_contains_the_share(case):
 
 
 def test_wilson_known_values():
+    assert stats.wilson(0, 12)[0] == 0.0
+    assert stats.wilson(12, 12)[1] == 1.0
     low, high = stats.wilson(81, 100)
     assert (round(low, 4), round(high, 4)) == (0.7222, 0.8749)
 

@@ -52,6 +52,14 @@ def test_tokens_keep_their_place():
     assert difference.argmax() == 15
 
 
+@pytest.mark.parametrize("options", [CNN, VIT, OPEN_CLIP], ids=["timm cnn", "timm vit", "open_clip"])
+def test_float32_pictures_go_into_a_bfloat16_tower(options):
+    """What a processor returns, moved to the model's device only: machines with bfloat16 load models in it."""
+    tower = VisionTowerModel(VisionTowerConfig.for_architecture(**options)).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        assert tower(torch.randn(1, 3, 64, 64)).last_hidden_state.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
