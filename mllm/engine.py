@@ -669,8 +669,10 @@ class Step:
                 )
             counts = self.visual_per_layer or [layout.visual.sum(dim=1)] * layers
             engine.run.record_visual(layout.visual.sum(dim=1), counts)
-        if self.visual or self.new > 1:  # what was read, not each token that is written
-            engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
+        told = {name: output for name, output in self.outputs.items() if output}
+        # what was read, not what is written, one token or some guessed ones at a time
+        if self.visual or (self.new > 1 and (told or not layout.past_length)):
+            engine.run.outputs = told
         if self.idle:
             self.work[LayerWork(self.batch * self.new, self.batch * self.new * length)] = layers
             held = [length] * layers
