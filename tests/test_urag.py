@@ -163,6 +163,23 @@ def test_tiles_of_one_image_are_one_page():
         assert run.report().visual_per_layer == [sum(sizes)] * 2 + [sum(sizes[n] for n in kept)] * 4
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+def test_pictures_side_by_side_are_refused_where_it_matters(family):
+    """Three pictures without anything between them are one page; a batch's count tells, also under generate."""
+    model, processor = tiny_model(family), tiny_processor(family)
+    texts = ["USER: <image><image><image> who? ASSISTANT:", "USER: <image> who? ASSISTANT:"]
+    images = [[tiny_image(n) for n in range(3)], [tiny_image(4)]]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    message = r"4 pictures make 2 pages.*Page 2:"
+    with trained(model, keep_pages=2)(model, processor):
+        with pytest.raises(InputError, match=message):
+            model(**inputs)
+        with pytest.raises(InputError, match=message):
+            answer(model, inputs)
+    with trained(model, keep_pages=4)(model, processor):
+        answer(model, inputs)  # nothing would have been dropped
+
+
 # --- questions --------------------------------------------------------------------------------------------------------
 
 

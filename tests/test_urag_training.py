@@ -11,6 +11,7 @@ from contract import logits
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import decode, prompts
+from test_cli import run as run_command
 from tiny import save_tiny, tiny_image, tiny_model, tiny_processor
 from urag_reference import page_scores, pages_of, question_tokens
 
@@ -212,6 +213,23 @@ def test_both_stages_from_the_command(tmp_path, capsys):
     with load_techniques(second, model)(model, processor) as run_:
         logits(model, inputs)
     assert len(run_.outputs["URaG"]["kept"][0]) == 1
+
+
+def test_stages_and_smoke_on_the_command_line(monkeypatch, capsys, tmp_path):
+    folder = save_tiny("llava", tmp_path / "model", layers=3)
+    command = ["train", "urag", "--model", folder, "--smoke", "--dtype", "float32", "--out"]
+    arguments = ["--argument", "layer=1", "--argument", "hidden=16", "--argument", "width=8"]
+    code, out, err = run_command(monkeypatch, capsys, *command, tmp_path / "one", "--stage", "retrieval", *arguments)
+    assert code == 0, err
+    assert "Held-out pages: top-1" in out
+    more = ["--stage", "joint", "--argument", f"weights={tmp_path / 'one'}"]
+    code, out, err = run_command(monkeypatch, capsys, *command, tmp_path / "two", *more)
+    assert code == 0, err
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["options"] == {"stage": "joint"}
+    assert (tmp_path / "two" / "adapter_model.safetensors").exists()
+    code, _, err = run_command(monkeypatch, capsys, *command, tmp_path / "three", "--stage", "last")
+    assert code == 1
+    assert "stage='last'" in err
 
 
 def test_the_measure_is_true(tmp_path):

@@ -114,7 +114,7 @@ class URaG(TrainedTechnique):
 
     Raises:
         ConfigError: arguments that do not fit each other, or a layer that the model does not have.
-        InputError: pages must be chosen, but the prompt holds no question.
+        InputError: pages must be chosen, but the prompt holds no question, or pictures with nothing between them.
     """
 
     name: ClassVar[str] = "URaG"
@@ -233,6 +233,7 @@ class URaG(TrainedTechnique):
         # (B, V) those of earlier turns too
         every = torch.cat([store["page"], numbers], dim=1) if "page" in store else numbers
         sizes = _sizes(every)
+        self._check_pictures(layout)
         decides = [self.decides(row) for row in sizes]
         vectors = None
         if self.recoverable or any(decides):
@@ -277,6 +278,18 @@ class URaG(TrainedTechnique):
         if seen is not None:
             page = torch.where(page >= 0, page + torch.tensor(seen, device=page.device)[:, None], page)
         return page if layout.revived_images is None else torch.cat([layout.revived_images, page], dim=1)
+
+    def _check_pictures(self, layout: TokenLayout) -> None:
+        """Refuse pictures that are one page because nothing stands between them, where it makes a difference."""
+        if layout.pictures <= (self.keep_pages if self.policy == "topk" else 1):
+            return
+        own = layout.image_index[:, layout.revived :]
+        pages = int((own.amax(dim=1) + 1).sum())
+        if pages < layout.pictures:
+            raise InputError(
+                f"URaG: {layout.pictures} pictures make {pages} pages: pictures side by side are one page, since "
+                "nothing tells where one ends. Put text between them, such as 'Page 2:'."
+            )
 
     def _question(self, layout: TokenLayout, page: Tensor) -> Tensor:
         """(B, S) bool, tokens of the question."""
