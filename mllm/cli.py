@@ -245,6 +245,7 @@ def train_command(
     from mllm.training import read_settings, train_technique
 
     given = read_settings(config) if config else {}
+    own = [*(option or []), *([f"stage={stage}"] if stage else [])]
     settings = {"steps": steps, "batch_size": batch_size, "accumulation": accumulation, "lr": lr, "seed": seed}
     folder = train_technique(
         name,
@@ -253,7 +254,7 @@ def train_command(
         out=out,
         training=given.get("training", {}) | {key: value for key, value in settings.items() if value is not None},
         arguments=given.get("arguments", {}) | _pairs(argument, "--argument"),
-        options=given.get("options", {}) | _pairs(option, "--option") | ({"stage": stage} if stage else {}),
+        options=given.get("options", {}) | _pairs(own, "--option"),
         images=str(images) if images else given.get("images"),
         smoke=smoke,
         attn=attn,

@@ -183,6 +183,7 @@ class Step:
             stash.image,
             None if layout.markers is None else nn.functional.pad(layout.markers, (count, 0)),
             None if layout.ids is None else nn.functional.pad(layout.ids, (count, 0), value=-1),
+            layout.pictures,
         )
 
     def _numbers(self) -> Tensor:
@@ -670,8 +671,10 @@ class Step:
                 )
             counts = self.visual_per_layer or [layout.visual.sum(dim=1)] * layers
             engine.run.record_visual(layout.visual.sum(dim=1), counts)
-        if self.visual or self.new > 1:  # what was read, not each token that is written
-            engine.run.outputs = {name: output for name, output in self.outputs.items() if output}
+        told = {name: output for name, output in self.outputs.items() if output}
+        # what was read, not what is written, one token or some guessed ones at a time
+        if self.visual or (self.new > 1 and (told or not layout.past_length)):
+            engine.run.outputs = told
         if self.idle:
             self.work[LayerWork(self.batch * self.new, self.batch * self.new * length)] = layers
             held = [length] * layers
@@ -836,7 +839,7 @@ class Engine:
         visual = any(given.get(name) is not None for name in self.parts.family.visual_arguments) or any(
             output is not None for output in encoded.values()
         )
-        layout = self._layout(given, past_length, visual)
+        layout = replace(self._layout(given, past_length, visual), pictures=self._pictures(given, encoded))
         config = self.parts.text_config
         whole = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
         if labels is not None and visual:
@@ -870,6 +873,12 @@ class Engine:
         found = self._find(self.parts.token_ids, embeds)  # (B, S)
         markers = self._find(self.parts.marker_ids, embeds) if self.parts.marker_ids else None
         return TokenLayout(found, valid_tokens(mask, found), past_length, markers=markers)
+
+    def _pictures(self, given: dict[str, Any], encoded: dict[str, Any]) -> int:
+        """Pictures of a call; ``generate`` has encoded them beforehand."""
+        image = encoded.get("image")
+        entries = given.get(self.parts.family.picture_argument) if image is None else image.pooler_output
+        return 0 if entries is None else len(entries)
 
     def _find(self, ids: tuple[int, ...], embeds: Tensor) -> Tensor:
         """(B, S) bool, rows of ``embeds`` (B, S, D) that are the embedding of one of ``ids``."""

@@ -23,6 +23,8 @@ class Family:
     visual_arguments: tuple[str, ...] = ("pixel_values",)
     #: config attributes that hold the ids of text tokens which open and close a visual block
     marker_ids: tuple[str, ...] = ()
+    #: forward argument with one entry for each picture
+    picture_argument: str = "pixel_values"
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,6 +38,7 @@ FAMILIES: dict[str, Family] = {
             ("image_token_id", "video_token_id"),
             ("pixel_values", "pixel_values_videos"),
             ("vision_start_token_id", "vision_end_token_id"),
+            "image_grid_thw",
         ),
     )
 }

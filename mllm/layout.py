@@ -25,6 +25,7 @@ class TokenLayout:
         revived_images: (B, revived) long, which image each of those belongs to.
         markers: (B, S) bool, text tokens that open or close a visual block; None where the family has none.
         ids: (B, S) long, token ids where they are known; -1 for tokens of earlier calls.
+        pictures: pictures in this call, all rows together; blocks that touch each other may be several pictures.
     """
 
     visual: Tensor
@@ -35,6 +36,7 @@ class TokenLayout:
     revived_images: Tensor | None = None
     markers: Tensor | None = None
     ids: Tensor | None = None
+    pictures: int = 0
 
     @property
     def text(self) -> Tensor:

@@ -81,7 +81,7 @@ class Run:
     steps: int = 0
     visual_steps: int = 0
     cache_lengths: list[int] = field(default_factory=list)
-    #: what techniques tell about the last prompt that was read, by their names
+    #: what techniques tell about the last prompt that was read, by their names; a continuation may have nothing to tell
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: pictures whose keys and values are kept for the next question, where a technique does so
     image_cache: ImageCache | None = None

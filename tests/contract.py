@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from urag_reference import urag_options
 
 from mllm import Stack, Technique, load_techniques
 from mllm.adapters import LoRRA, ModalityMutualAttention
@@ -115,63 +116,6 @@ def mma_options(model, stack: Stack) -> dict[str, Any]:
 def before_images(model, inputs) -> torch.Tensor:
     """(B, S) bool, tokens with no image before them."""
     return visual_mask(model, inputs).cumsum(dim=1) == 0
-
-
-def urag_options(model, stack: Stack) -> dict[str, Any]:
-    """The best page of each row, scored token by token; the question is read from the text itself."""
-    (urag,) = (technique for technique in stack.techniques if isinstance(technique, URaG))
-    weights = urag.learned.tensors
-    exits = [technique.exit_layer for technique in stack.techniques if isinstance(technique, DyVTE)]
-
-    def embed(state: torch.Tensor) -> torch.Tensor:
-        inner = weights["first.weight"] @ state + weights["first.bias"]
-        inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
-        vector = weights["second.weight"] @ inner + weights["second.bias"]
-        return vector / vector.norm()
-
-    def extras(prompt: Prompt) -> Extras:
-        pages: list[list[int]] = []
-        for token, visual in enumerate(prompt.visual.tolist()):
-            if visual and (token == 0 or not prompt.visual[token - 1]):
-                pages.append([])
-            if visual:
-                pages[-1].append(token)
-        question = question_tokens(model, prompt)
-
-        def keep(layer: int, states: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-            if layer != urag.layer or len(pages) <= urag.keep_pages:
-                return torch.ones_like(alive)
-            states = states.detach()
-            scores = [0.0] * len(pages)
-            for token in question:
-                for number, page in enumerate(pages):
-                    scores[number] += max(float(embed(states[token]) @ embed(states[v])) for v in page)
-            best = sorted(range(len(pages)), key=lambda page: (-scores[page], page))[: urag.keep_pages]
-            kept = torch.ones_like(alive)
-            for number, page in enumerate(pages):
-                kept[page] = number in best
-            return kept
-
-        return Extras(keep=keep)
-
-    return {"extras": extras, **({"exit_after": exits[0]} if exits else {})}
-
-
-def question_tokens(model, prompt: Prompt) -> list[int]:
-    """What stands behind the last page up to the end of the question, and before the first."""
-    tokenizer = processor_of(model).tokenizer
-    tokens = [tokenizer.decode([token]) if token >= 0 else "?" for token in prompt.ids.tolist()]
-    pages = prompt.visual.nonzero()[:, 0].tolist()
-
-    def find(text: str) -> int:
-        spelled = list(text) if not text.startswith("<|") else [text[:12].split(">")[0] + ">", *text.split(">", 1)[1]]
-        return next((n for n in range(len(tokens)) if tokens[n : n + len(spelled)] == spelled), -1)
-
-    chatml = "<|im_start|>" in tokens
-    start = find("<|im_start|>user\n") + 6 if chatml else find("USER: ") + 6
-    stop = find("<|im_end|>") if chatml else find("ASSISTANT:")
-    inside = [n for n in range(start, stop) if not (pages and pages[0] < n < pages[-1])]
-    return [n for n in inside if tokens[n] not in ("<|vision_start|>", "<|vision_end|>") and n not in pages]
 
 
 CASES: dict[str, Case] = {

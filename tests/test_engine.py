@@ -349,6 +349,31 @@ def test_evicted_keys_survive_a_second_turn_and_cropping():
         torch.testing.assert_close(again, together[:, 2:], atol=1e-4, rtol=1e-4)
 
 
+class Talkative(DyVTE):
+    name: ClassVar[str] = "Talkative"
+
+    def keep(self, view):
+        view.output["columns"] = view.layout.visual.shape[1]
+        return super().keep(view)
+
+
+def test_what_was_told_about_a_prompt_stays_while_its_answer_is_written():
+    model, inputs = prepared()
+    text = tiny_inputs(model, tiny_processor("llava"), "text")
+    told = {"Talkative": {"columns": inputs["input_ids"].shape[1]}}
+    with Talkative(exit_layer=2)(model) as run, torch.no_grad():
+        answer(model, inputs)
+        assert run.outputs == told
+        answer(model, inputs, prompt_lookup_num_tokens=2)  # the first guesses are read with the prompt
+        assert set(run.outputs) == set(told)
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache)
+        model(input_ids=torch.tensor([[40, 41, 42]]), past_key_values=cache)
+        assert run.outputs == told
+        model(**text)
+        assert run.outputs == {}
+
+
 @every_family
 def test_markers_are_told_by_id_and_by_embedding(family):
     model, inputs = prepared(family, kind="two_images")

@@ -114,7 +114,7 @@ class URaG(TrainedTechnique):
 
     Raises:
         ConfigError: arguments that do not fit each other, or a layer that the model does not have.
-        InputError: pages must be chosen, but the prompt holds no question.
+        InputError: pages must be chosen, but the prompt holds no question, or pictures with nothing between them.
     """
 
     name: ClassVar[str] = "URaG"
@@ -233,6 +233,7 @@ class URaG(TrainedTechnique):
         # (B, V) those of earlier turns too
         every = torch.cat([store["page"], numbers], dim=1) if "page" in store else numbers
         sizes = _sizes(every)
+        self._check_pictures(layout)
         decides = [self.decides(row) for row in sizes]
         vectors = None
         if self.recoverable or any(decides):
@@ -270,15 +271,25 @@ class URaG(TrainedTechnique):
 
     def _pages(self, layout: TokenLayout, seen: list[int] | None) -> Tensor:
         """(B, S) long, page that a row belongs to, counted over the conversation where it is recoverable; -1: none."""
-        page, own = layout.image_index, ~_came_back(layout)
+        page = layout.image_index[:, layout.revived :]  # of this call
         if self.page_markers == "drop" and layout.markers is not None:
             near = torch.maximum(F.pad(page, (1, 0), value=-1)[:, :-1], F.pad(page, (0, 1), value=-1)[:, 1:])
-            before = F.pad(own, (1, 0), value=False)[:, :-1]  # the row before is one of this call too
-            near = torch.where(before, near, F.pad(page, (0, 1), value=-1)[:, 1:])
-            page = torch.where(layout.markers & own, near, page)
+            page = torch.where(layout.markers[:, layout.revived :], near, page)
         if seen is not None:
-            page = page + torch.tensor(seen, device=page.device)[:, None] * (own & (page >= 0))
-        return page
+            page = torch.where(page >= 0, page + torch.tensor(seen, device=page.device)[:, None], page)
+        return page if layout.revived_images is None else torch.cat([layout.revived_images, page], dim=1)
+
+    def _check_pictures(self, layout: TokenLayout) -> None:
+        """Refuse pictures that are one page because nothing stands between them, where it makes a difference."""
+        if layout.pictures <= (self.keep_pages if self.policy == "topk" else 1):
+            return
+        own = layout.image_index[:, layout.revived :]
+        pages = int((own.amax(dim=1) + 1).sum())
+        if pages < layout.pictures:
+            raise InputError(
+                f"URaG: {layout.pictures} pictures make {pages} pages: pictures side by side are one page, since "
+                "nothing tells where one ends. Put text between them, such as 'Page 2:'."
+            )
 
     def _question(self, layout: TokenLayout, page: Tensor) -> Tensor:
         """(B, S) bool, tokens of the question."""
@@ -385,17 +396,21 @@ class URaG(TrainedTechnique):
                 "weights into them first."
             )
         first, second = tensors["first.weight"], tensors["second.weight"]
-        wanted = {"first.weight": 2, "first.bias": first.shape[:1], "second.bias": second.shape[:1]}
-        if first.ndim == second.ndim == 2:
-            wanted |= {"first.weight": first.shape, "second.weight": (second.shape[0], first.shape[0])}
-        wrong = [originals[name] for name, shape in wanted.items() if tensors[name].shape != shape]
-        if wrong or first.ndim != 2 or second.ndim != 2:
+        hidden, width = first.shape[0] if first.ndim else 0, second.shape[0] if second.ndim else 0
+        wanted = {
+            "first.weight": (hidden, first.shape[-1] if first.ndim else 0),
+            "first.bias": (hidden,),
+            "second.weight": (width, hidden),
+            "second.bias": (width,),
+        }
+        wrong = [originals[name] for name, shape in wanted.items() if tuple(tensors[name].shape) != shape]
+        if wrong:
             shapes = ", ".join(f"{originals[name]} {tuple(tensors[name].shape)}" for name in names)
             raise LoadError(
-                f"{where}: {wrong[0] if wrong else originals['second.weight']} has another shape than the rest of the "
+                f"{where}: {wrong[0]} has another shape than the rest of the "
                 f"head: {shapes}. Needed: (hidden, states), (hidden,), (width, hidden), (width,)."
             )
-        shape = {"hidden": first.shape[0], "width": second.shape[0]}
+        shape = {"hidden": hidden, "width": width}
         if wrong := {name: value for name, value in arguments.items() if shape.get(name, value) != value}:
             raise LoadError(f"{where} has a head of {shape}; {wrong} were asked for. Leave them out.")
         tensors = {name: tensors[name].detach().cpu() for name in names}
