@@ -428,6 +428,7 @@ def _draw_flow(axes: Any, layers: np.ndarray, summary: dict[str, Any]) -> None:
         hollow = {"mfc": "white"} if line == "--" else {}
         label = name.replace("->", " to ")
         _line(axes, layers, summary["flow"][name], color, marker, label, ls=line, **hollow)
+    _line(axes, layers, summary["flow"]["last->image"], "#000000", "^", "last token to image")
     for name, color in (("text->image", _BLUE), ("image->image", _RED)):
         level = summary["uniform"][name]["mean"]
         if level is not None:
