@@ -10,7 +10,8 @@ features (visual learner) or the embeddings of text tokens (textual learner), as
     h <- h + r_v L_v(h, image) + r_t L_t(h, text)
 
 Bo starts at zero: attaching changes nothing. The router is linear in W, so its sums are attention with two more value
-channels; no weights are materialised. Each learner has its own keys and values in the cache object.
+channels; no weights are materialised. Each learner has its own keys and values in the cache object. It has as many
+heads as the model's hidden size holds (with most models: as many as the model's queries), each with its own keys.
 
 Defects of the original that are mended, and can be switched on for its released weights: text masks indexed by the
 wrong coordinate, which shows answers to their own predictors (``text_mask="legacy_compressed"``); both learners added
@@ -23,7 +24,9 @@ computed alike. When not to use it: it adds compute, it saves none; without trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,9 +36,10 @@ from torch import Tensor, nn
 
 from mllm.cost import ModelSpec
 from mllm.errors import CacheError, ConfigError, InputError, LoadError
+from mllm.layout import TokenLayout
 from mllm.rows import Rows
 from mllm.saving import LearnedWeights, read_tensors
-from mllm.technique import BranchView, Layers, Technique, TrainedTechnique, check_layers, register
+from mllm.technique import BranchView, Layers, Memory, Technique, TrainedTechnique, check_layers, register
 
 
 class LowRank(nn.Module):
@@ -67,11 +71,6 @@ class Learner(nn.Module):
         states = states + projection(states)
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """(B, S, D); ``mask`` (B, 1, S, N) bool, None where every key is seen or, with ``causal``, the earlier ones."""
-        out = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
-        return self.o(out.transpose(1, 2).flatten(2))
-
 
 class LayerLearners(nn.Module):
     """What one layer learns."""
@@ -100,22 +99,22 @@ class LoRRA(TrainedTechnique):
             cached.
         text_only: rows that no image precedes: ``"bypass"`` the router (weight 1 for the textual learner), or
             ``"router"``: its weight as for other rows.
-        double_add: add both learners twice, as the original.
+        double_add: add what the router mixes twice, as the original; rows that bypass it are added once.
         normalise: RMS-normalise what the learners read.
-        skip_system: the system prompt is no memory; needs the processor.
+        skip_system: the system prompt and the header of the first user turn are no memory; needs the processor.
         weights: see :class:`~mllm.technique.TrainedTechnique`.
 
     Raises:
-        ConfigError: layers that the model does not have, or a hidden size that is no multiple of the head's width.
-        InputError: a prompt longer than the router's table.
-        CacheError: the legacy mask with a cache.
+        ConfigError: layers that the model does not have, a hidden size that is no multiple of the head's width,
+            ``double_add`` without a router, ``skip_system`` without the processor.
+        InputError: a row longer than the router's table; no user turn in a prompt with ``skip_system``.
+        CacheError: the legacy mask with a cache; ``visual_memory="all"`` with an image in a later turn.
     """
 
     name: ClassVar[str] = "LoRRA"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.03496"
     training: ClassVar[str | None] = "mllm.adapters.lorra_training:recipe"
     acts_on_text: ClassVar[bool] = True
-    wants_roles: ClassVar[bool] = True
 
     rank: Annotated[int, Strict(), Field(ge=1)] = 64
     layers: Layers = "all"
@@ -130,6 +129,10 @@ class LoRRA(TrainedTechnique):
 
     def check(self, spec: ModelSpec) -> None:
         check_layers(self.layers, spec, self.name)
+        if self.double_add and not self.router:
+            raise ConfigError(
+                "LoRRA: double_add=True doubles what the router mixes, and router=False has no router. Leave one out."
+            )
         if spec.hidden % spec.head_dim:
             raise ConfigError(
                 f"LoRRA: this model's hidden size {spec.hidden} is no multiple of its heads' width {spec.head_dim}, "
@@ -157,113 +160,109 @@ class LoRRA(TrainedTechnique):
             {str(n): LayerLearners(spec, self.rank, length, self.normalise) for n in self.branch_layers(spec)}
         )
 
-    # --- one layer -------------------------------------------------------------------------------------------------
+    @property
+    def needs_roles(self) -> bool:
+        """The system prompt is told by the processor's chat template."""
+        return self.skip_system
 
-    def channels(self, layer: int, positions: Tensor, module: nn.Module) -> Tensor | None:
-        if not self.router:
-            return None
-        if positions.shape[1] > self.router_length and (longest := int(positions.max()) + 1) > self.router_length:
+    def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
+        most = layout.past_length + layout.valid.shape[1]
+        if self.router and most > self.router_length and (longest := int(lengths().max())) > self.router_length:
             raise InputError(
                 f"LoRRA: a row of {longest} tokens is longer than the router's table, router_length="
                 f"{self.router_length}. Shorten the prompt, or train with a longer table."
             )
-        return module[str(layer)].table.T[positions]  # (B, K, 2)
-
-    def branch(self, view: BranchView) -> Tensor:
-        learners: LayerLearners = view.module[str(view.layer)]
-        if not view.scratch:
-            view.scratch.update(self._memories(view))
-        batch, length, width = view.states.shape
-        view.spend(2 * 2 * 2 * batch * length * self.rank * width * self._learners(view))  # queries and outputs
-        text = self._learner(view, "text", learners.text)  # (B, S, D)
-        visual = self._learner(view, "visual", learners.visual)
-        sees_image = view.scratch["visual"]["some"]  # (B, S, 1) or a bool
-        if visual is None:
-            visual = torch.zeros_like(text)
-        if self.router:
-            weights = torch.softmax(nn.functional.silu(view.mixed + learners.bias), dim=-1)  # (B, S, 2)
-            for_visual, for_text = weights[..., :1], weights[..., 1:]
-            if self.text_only == "bypass":
-                for_text = torch.where(torch.as_tensor(sees_image, device=text.device), for_text, 1.0)
-            view.report("router", view.layer, weights.detach())
-            visual, text = visual * for_visual, text * for_text
-        added = visual + text
-        return 2 * added if self.double_add else added
-
-    def _learners(self, view: BranchView) -> int:
-        return 2 if view.scratch["visual"]["there"] else 1
-
-    def _learner(self, view: BranchView, name: str, learner: Learner) -> Tensor | None:
-        """(B, S, D) one learner's part, zero where a row sees nothing of the memory; None without any memory."""
-        memory = view.scratch[name]
-        if not memory["there"]:
-            return None
-        batch, length, width = view.states.shape
-        rows: Rows = memory["rows"]
-        queries = learner.heads(learner.q, view.states)  # (B, H, S, d)
-        states = rows.take(view.embeddings, batch) if memory["new"] else view.embeddings[:, :0]  # (B, M, D)
-        keys, values = (learner.heads(projection, states) for projection in (learner.k, learner.v))
-        view.spend(2 * 2 * 2 * states.shape[0] * states.shape[1] * self.rank * width)
-        cos, sin = view.rotary
-        queries, _ = view.rotate(queries, queries[:, :0], cos, sin)
-        if memory["new"]:
-            tables = (rows.take(table, batch) for table in view.rotary)
-            _, keys = view.rotate(keys[:, :0], keys, *tables)
-        keys, values = view.extend(name, keys, values)
-        if keys.shape[2] != memory["held"]:
-            raise CacheError(
-                f"LoRRA: the cache holds {keys.shape[2]} keys of {name} tokens where {memory['held']} are expected: it "
-                "was cropped, as assisted decoding does. Generate without an assistant, or start with an empty cache."
-            )
-        view.spend(4 * batch * length * keys.shape[2] * width)
-        out = learner.attend(queries, keys, values, memory["mask"], memory["causal"])
-        # a row without visible keys was given all of them, and gets nothing
-        return out if memory["some"] is True else out * memory["some"]
-
-    def _memories(self, view: BranchView) -> dict[str, dict[str, Any]]:
-        """Which tokens are in each memory, and which of them every row sees; once a call, for all layers."""
-        layout = view.layout
-        if self.text_mask == "legacy_compressed" and view.cached:
+        if self.text_mask == "legacy_compressed" and cached:
             raise CacheError(
                 'LoRRA: text_mask="legacy_compressed" lets rows see later text, which a cache cannot repeat. Call with '
                 "use_cache=False."
             )
-        text = layout.text
-        if self.skip_system:
-            if layout.roles is None:
-                raise InputError("LoRRA: skip_system=True needs input_ids, and the processor when it is attached.")
-            text = text & ~layout.roles.system
-        return {"text": self._memory(view, "text", text), "visual": self._memory(view, "visual", layout.visual)}
+        if self.visual_memory == "all" and layout.past_length and bool(layout.visual.any()):
+            raise CacheError(
+                'LoRRA: visual_memory="all" shows this image to the tokens in the cache too, which are not computed '
+                'again. Start with an empty cache, or use visual_memory="causal".'
+            )
+        if self.skip_system and not layout.past_length:
+            headers = None if layout.roles is None else layout.roles.user_header.any(dim=1)  # (B,)
+            if headers is None or not bool(headers.all()):
+                row = "" if headers is None else f" of row {int(headers.int().argmin())}"
+                raise InputError(
+                    f"LoRRA: skip_system=True finds no header of a user turn in the prompt{row}. Call with input_ids "
+                    "that hold one, as chat_inputs() and chat templates write it."
+                )
 
-    def _memory(self, view: BranchView, name: str, wanted: Tensor) -> dict[str, Any]:
-        batch, length = wanted.shape
-        counts = [1] * batch if length == 1 and name == "text" else wanted.sum(dim=1).tolist()
-        new = any(counts)
-        before: Tensor | None = view.store.get(name)  # (B, P) bool, which of the earlier keys are real
-        if not new and before is None:
-            return {"there": False, "some": False}
-        columns = torch.arange(length, device=wanted.device)
-        rows = Rows.select(wanted, counts)
-        valid = wanted[:, :0]
-        if new:
-            valid = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid  # (B, M)
-        held = valid if before is None else torch.cat([before, valid], dim=1)  # (B, P + M)
-        view.store[name] = held
-        memory = {"there": True, "rows": rows, "new": new, "held": held.shape[1], "mask": None, "causal": False}
-        plain = rows.valid is None and length == rows.length and before is None
-        if plain and name == "text" and self.text_mask == "causal":  # text alone, without padding
-            return {**memory, "causal": length > 1, "some": True}
-        seen = rows.index[:, None, :] <= columns[:, None]  # (B, S, M) key at or before the query
-        if name == "visual" and self.visual_memory == "all":
-            seen = torch.ones_like(seen)
-        if name == "text" and self.text_mask == "legacy_compressed":
-            place = rows.length - held.sum(dim=1, keepdim=True)  # fillers in front
-            seen = (torch.arange(rows.length, device=wanted.device) - place)[:, None, :] <= columns[:, None]
-        seen = (seen if new else seen[..., :0]) & valid[:, None]
-        if before is not None:
-            seen = torch.cat([before[:, None].expand(-1, length, -1), seen], dim=2)  # (B, S, P + M)
-        some = seen.any(dim=2, keepdim=True)  # (B, S, 1)
-        return {**memory, "mask": (seen | ~some)[:, None], "some": some}
+    # --- one layer -------------------------------------------------------------------------------------------------
+
+    def channels(self, layer: int, positions: Tensor, module: nn.Module) -> Tensor | None:
+        return module[str(layer)].table.T[positions] if self.router else None  # (B, K, 2)
+
+    def branch(self, view: BranchView) -> Tensor:
+        learners: LayerLearners = view.module[str(view.layer)]
+        if not view.scratch:
+            view.scratch.update(self._call(view))
+        text = self._learner(view, "text", learners.text)  # (B, S, D)
+        visual = self._learner(view, "visual", learners.visual)
+        if not self.router:
+            return text + visual
+        weights = torch.softmax(nn.functional.silu(view.mixed + learners.bias), dim=-1)  # (B, S, 2)
+        view.report("router", view.layer, weights.detach())
+        if self.double_add:
+            weights = 2 * weights
+        for_visual, for_text = weights[..., :1], weights[..., 1:]
+        if self.text_only == "bypass":
+            blind = view.scratch["blind"]
+            for_text = torch.ones_like(for_text) if blind is None else for_text.masked_fill(blind, 1.0)
+        return for_text * text + for_visual * visual
+
+    def _learner(self, view: BranchView, name: str, learner: Learner) -> Tensor:
+        """(B, S, D) what one learner makes of its memory; 0 for rows that see nothing of it."""
+        batch, length, width = view.states.shape
+        rows: Rows | None = view.scratch[name]
+        keys = values = None
+        if rows is not None:
+            new = rows.take(view.embeddings, batch)  # (B, n, D)
+            keys, values = (learner.heads(projection, new) for projection in (learner.k, learner.v))
+            _, keys = view.rotate(keys[:, :0], keys, *(rows.take(table, batch) for table in view.rotary))
+            view.spend(2 * 2 * 2 * batch * rows.length * self.rank * width)
+        memory = view.extend(name, rows, keys, values)
+        if memory is None:
+            return torch.zeros_like(view.states)
+        if name == "visual" and view.scratch["blind"] is None:
+            view.scratch["blind"] = self._blind(view, memory)
+        queries = learner.heads(learner.q, view.states)  # (B, H, S, d)
+        queries, _ = view.rotate(queries, queries[:, :0], *view.rotary)
+        out = view.attend(queries, memory, view.scratch[f"{name}_last"])  # (B, S, H, d)
+        view.spend(2 * 2 * 2 * batch * length * self.rank * width)
+        return learner.o(out.flatten(2))
+
+    def _call(self, view: BranchView) -> dict[str, Any]:
+        """What all layers of a call share: rows that enter each memory, and how far rows see where it is unusual."""
+        layout = view.layout
+        text = layout.text
+        if self.skip_system and not layout.past_length:
+            roles = layout.roles
+            text = text & ~roles.system & ~(roles.user_header & (roles.turn <= 0))
+        wanted = {"text": text, "visual": layout.visual & layout.valid}
+        counts = torch.stack([mask.sum(dim=1) for mask in wanted.values()]).tolist()
+        call: dict[str, Any] = {"blind": None, "text_last": None, "visual_last": None}
+        for (name, mask), number in zip(wanted.items(), counts, strict=True):
+            call[name] = Rows.select(mask, number) if any(number) else None
+        if self.visual_memory == "all":
+            call["visual_last"] = view.columns[:, -1:].expand(-1, view.columns.shape[1])
+        if self.text_mask == "legacy_compressed":
+            # the row at position p sees the first p + 1 texts of the memory, wherever they stand
+            last = text.sum(dim=1, keepdim=True)  # (B, 1)
+            last = torch.minimum(layout.positions + 1, last)  # (B, S)
+            place = text.long().cumsum(dim=1)  # (B, S) ascending
+            call["text_last"] = torch.searchsorted(place, last).masked_fill(last == 0, -1)
+        return call
+
+    def _blind(self, view: BranchView, memory: Memory) -> Tensor:
+        """(B, S, 1) bool, rows that see no image."""
+        last = view.columns if view.scratch["visual_last"] is None else view.scratch["visual_last"]  # (1, S)
+        beyond = int(view.columns.shape[1]) + view.layout.past_length
+        first = memory.columns.masked_fill(memory.columns < 0, beyond).amin(dim=1, keepdim=True)  # (B, 1)
+        return (last < first)[..., None]
 
     # --- cost and released weights ---------------------------------------------------------------------------------
 
@@ -277,71 +276,64 @@ class LoRRA(TrainedTechnique):
             total += 4 * rows * rows * spec.q_width
         return total * len(self.branch_layers(spec))
 
+    def extra_cache(self, spec: ModelSpec, text_tokens: int, visual_tokens: int) -> int:
+        return 2 * spec.hidden * (text_tokens + visual_tokens) * len(self.branch_layers(spec))
+
     @classmethod
     def from_released(cls, source: str | Path | Mapping[str, Tensor], **arguments: Any) -> LoRRA:
-        """LoRRA with the learners and routers of a checkpoint in the authors' layout.
+        """LoRRA with the learners and routers of a checkpoint in the authors' layout, computing what their code does.
 
         Keys ``model.layers.{i}.{attn_pool,attn_t_pool}.{q,k,v,o}_proj.{0,1}.weight`` and
-        ``model.layers.{i}.reweight_module.linear.{weight,bias}``; other tensors beside them are left alone. To compute
-        what the authors' code does, pass ``double_add=True, visual_memory="all", text_mask="legacy_compressed"``.
+        ``model.layers.{i}.reweight_module.linear.{weight,bias}``; other tensors beside them are left alone.
 
         Args:
             source: a state dict, a ``.safetensors`` file, or a folder with such files.
-            arguments: of LoRRA; ``rank``, ``layers``, ``router`` and ``router_length`` are read off the tensors.
+            arguments: of LoRRA, instead of the authors' ``double_add=True``, ``visual_memory="all"``,
+                ``text_mask="legacy_compressed"`` and ``skip_system=True``, under which such weights were trained;
+                ``rank``, ``layers``, ``router`` and ``router_length`` are read off the tensors.
 
         Raises:
             LoadError: a tensor is missing, unexpected or of another shape, or nothing can be read.
         """
         where = "the state dict" if isinstance(source, Mapping) else str(source)
-        parts = {"attn_pool": "visual", "attn_t_pool": "text"}
-        tensors: dict[str, Tensor] = {}
-        unknown = []
-        for key, value in read_tensors(source).items():
-            pieces = key.split(".")
-            if not any(name in pieces for name in (*parts, "reweight_module")):
-                continue
-            name = None
-            if (
-                pieces[:2] == ["model", "layers"]
-                and len(pieces) == 7
-                and pieces[3] in parts
-                and pieces[5] in ("0", "1")
-            ):
-                name = f"{pieces[2]}.{parts[pieces[3]]}.{pieces[4][0]}.{('down', 'up')[int(pieces[5])]}.weight"
-            elif pieces[3:5] == ["reweight_module", "linear"]:
-                name = f"{pieces[2]}.{'table' if pieces[5] == 'weight' else 'bias'}"
-            if name is None:
-                unknown.append(key)
-            else:
-                tensors[name] = value
-        if not tensors:
+        ours = re.compile(r"(^|\.)(attn_pool|attn_t_pool|reweight_module)\.")
+        given = read_tensors(source, lambda name: ours.search(name) is not None)
+        layers = sorted({int(found[1]) for name in given if (found := re.match(r"model\.layers\.(\d+)\.", name))})
+        if not layers:
             raise LoadError(f"{where} holds no learners (model.layers.*.attn_pool.*): it is no Wings checkpoint.")
-        layers = sorted({int(name.split(".")[0]) for name in tensors})
-        tables = [value for name, value in tensors.items() if name.endswith(".table")]
-        first = next(value for name, value in tensors.items() if name.endswith(".down.weight"))
-        rank, width = first.shape
-        shapes = {}
+        rank, width = _usual_shape(given, "_proj.0.weight")
+        router = any("reweight_module" in name for name in given)
+        _, length = _usual_shape(given, "linear.weight")
+        names: dict[str, tuple[str, tuple[int, ...]]] = {}  # ours and the shape, by theirs
         for layer in layers:
-            for part in parts.values():
-                for projection in "qkvo":
-                    shapes[f"{layer}.{part}.{projection}.down.weight"] = (rank, width)
-                    shapes[f"{layer}.{part}.{projection}.up.weight"] = (width, rank)
-            if tables:
-                shapes |= {f"{layer}.table": tuple(tables[0].shape), f"{layer}.bias": (2,)}
-        missing = sorted(set(shapes) - set(tensors))
-        unknown += sorted(set(tensors) - set(shapes))
+            start = f"model.layers.{layer}."
+            for pool, part in (("attn_pool", "visual"), ("attn_t_pool", "text")):
+                for p in "qkvo":
+                    for number, (way, shape) in enumerate((("down", (rank, width)), ("up", (width, rank)))):
+                        names[f"{start}{pool}.{p}_proj.{number}.weight"] = f"{layer}.{part}.{p}.{way}.weight", shape
+            if router:
+                names[start + "reweight_module.linear.weight"] = f"{layer}.table", (2, length)
+                names[start + "reweight_module.linear.bias"] = f"{layer}.bias", (2,)
+        missing, unexpected = sorted(set(names) - set(given)), sorted(set(given) - set(names))
         wrong = [
-            f"{n} {tuple(tensors[n].shape)}, not {s}"
-            for n, s in shapes.items()
-            if n in tensors and tensors[n].shape != s
+            f"{name} {tuple(value.shape)}, not {names[name][1]}"
+            for name, value in given.items()
+            if name in names and tuple(value.shape) != names[name][1]
         ]
-        if missing or unknown or wrong:
+        if missing or unexpected or wrong:
             raise LoadError(
                 f"{where}: missing {', '.join(missing[:3]) or 'nothing'}; unexpected "
-                f"{', '.join(unknown[:3]) or 'nothing'}; of another shape: {'; '.join(wrong[:3]) or 'none'}."
+                f"{', '.join(unexpected[:3]) or 'nothing'}; of another shape: {'; '.join(wrong[:3]) or 'none'}."
             )
-        own = {"rank": rank, "layers": layers, "router": bool(tables)}
-        if tables:
-            own["router_length"] = tables[0].shape[1]
-        learned = LearnedWeights(tensors, {}, where)
-        return cls(**{**own, **arguments}).with_learned(learned)
+        own: dict[str, Any] = {"rank": rank, "layers": layers, "router": router, "double_add": router}
+        own |= {"visual_memory": "all", "text_mask": "legacy_compressed", "skip_system": True}
+        if router:
+            own["router_length"] = length
+        tensors = {names[name][0]: value for name, value in given.items()}
+        return cls(**{**own, **arguments}).with_learned(LearnedWeights(tensors, {}, where))
+
+
+def _usual_shape(tensors: Mapping[str, Tensor], ending: str) -> tuple[int, int]:
+    """The shape that most matrices of this kind have, which those of others are told by."""
+    shapes = Counter(value.shape for name, value in tensors.items() if name.endswith(ending) and value.ndim == 2)
+    return tuple(shapes.most_common(1)[0][0]) if shapes else (1, 1)

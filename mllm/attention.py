@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 STEP = "mllm_step"  # keyword that carries the step down to the layers and their attention
 NAMES = {"sdpa": "mllm_sdpa", "eager": "mllm_eager"}
+_ALONE = SimpleNamespace()  # stands in for the attention module where there is none: one key head for each query head
 _CHUNK = 512  # rows for which a mask is made at a time: memory grows with the length, not with its square
 
 
@@ -93,6 +95,38 @@ def attend_segments(
             end = before + high
             outputs.append(stock(module, rows, keys[:, :, :end], values[:, :, :end], mask[None, None], **kwargs)[0])
     return torch.cat(outputs, dim=1)
+
+
+def attend_to(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: tuple[Segment, ...] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(B, S, heads, head_dim) attention outside a layer's own; a row that sees no key gets exactly 0.
+
+    Args:
+        queries: (B, heads, S, head_dim).
+        keys, values: (B, heads, N, head_dim).
+        segments: of the rows, where that is all that limits them.
+        mask: (B, 1, S, N) bool, True where a row sees a key; None: every row sees every key, or what its segment says.
+    """
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if segments is None:
+        if mask is None:
+            return stock(_ALONE, queries, keys, values, None, is_causal=False)[0]
+        some = mask.any(dim=-1, keepdim=True)  # (B, 1, S, 1)
+        # a softmax over nothing is no number: rows without keys are given all of them, and lose what that gave
+        out = stock(_ALONE, queries, keys, values, mask | ~some)[0]  # (B, S, heads, head_dim)
+        return out.masked_fill(~some.transpose(1, 2), 0.0)
+    blind = sum(segment.rows[1] - segment.rows[0] for segment in segments if segment.keys[-1][1] == 0)  # come first
+    seeing = tuple(segment for segment in segments if segment.keys[-1][1])
+    nothing = values.new_zeros(values.shape[0], blind, values.shape[1], values.shape[3])
+    if not seeing:
+        return nothing
+    out = attend_segments(stock, seeing, _ALONE, queries, keys, values, {})
+    return torch.cat([nothing, out], dim=1) if blind else out
 
 
 def _pick(states: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:

@@ -191,4 +191,6 @@ def predict(
         flops += work.flops(spec)
         keys += batch * length
     per_key = 2 * spec.kv_width * bytes_per_value
-    return Cost(flops, dense, keys * per_key, batch * total * spec.layers * per_key, stack.parameter_count(spec))
+    kept = sum(technique.extra_cache(spec, text_tokens, visual_tokens) for technique in stack.active(spec))
+    cached = keys * per_key + batch * kept * bytes_per_value
+    return Cost(flops, dense, cached, batch * total * spec.layers * per_key, stack.parameter_count(spec))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,16 +37,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllm.attention import NAMES, STEP, Segment, additive, attend_segments
+from mllm.attention import NAMES, STEP, Segment, additive, attend_segments, attend_to
 from mllm.cost import LayerWork, ModelSpec
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, InputError, UnsupportedModelError
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout, valid_tokens
-from mllm.ragged import CACHE_STATE, CacheState, JoinedCache, Stash, check_cache_kind, lengths
+from mllm.ragged import CACHE_STATE, BranchLayer, CacheState, JoinedCache, Stash, check_cache_kind, lengths
 from mllm.reuse import ImageCache, Reuse
 from mllm.rows import Rows, Split, key_order
 from mllm.run import Run
-from mllm.technique import BranchView, LayerView, Opened, Revived, Technique
+from mllm.technique import BranchView, LayerView, Memory, Opened, Revived, Technique
 from mllm.versions import CACHE, cache_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Step:
         cache: Cache | None,
         whole: bool,
         mask: Tensor | None = None,
+        cached: bool = False,
     ) -> None:
         self.engine = engine
         self.mask = mask  # (B, past + S), 1 for real tokens, where there is padding
@@ -84,6 +86,9 @@ class Step:
         # nothing to do in the layers: no visual rows in this call, and none dropped in an earlier one
         acts = engine.active if visual else [t for t in engine.active if t.acts_on_text]
         self.idle = not acts and self.past is None
+        self.layout = layout
+        for technique in acts:
+            technique.check_call(layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
         if cache is not None and layout.past_length:
             self._check_cache(cache, layout)
         self.store = {} if self.past is None else {name: dict(kept) for name, kept in self.past.store.items()}
@@ -115,7 +120,6 @@ class Step:
         self.extra_flops = 0
         self.fired: set[Technique] = set()
         self.evicted: list[tuple[int, Tensor]] = []  # before which layer, and (B, S) bool which rows
-        self.branches: list[tuple[int, str]] = [] if self.past is None else list(self.past.branches)
         self.reuse: Reuse | None = None
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
         self._passive: Tensor | None = None  # (B, P, D)
@@ -130,7 +134,8 @@ class Step:
     def _check_cache(self, cache: Cache, layout: TokenLayout) -> None:
         """The cache must hold what the state says: every layer the same number of keys, or the recorded ones."""
         length = layout.past_length
-        found = lengths(cache)[: self.engine.spec.layers]
+        layers = self.engine.spec.layers
+        found = lengths(cache)[:layers]
         if self.past is not None and length < self.past.length:  # cropped, as assisted decoding does
             cropped = self.past.cropped(length)
             if cropped is None:
@@ -155,6 +160,15 @@ class Step:
                 f"The layers of the cache hold {found} keys where {expected} are expected: it was filled or cut by "
                 "something else. Start again with an empty cache."
             )
+        for number, branches in enumerate(self.engine.branches):
+            for technique in branches:
+                key = self.engine.key(technique)
+                own = [layer for layer in cache.layers[layers:] if layer.place[:2] == (number, key)]
+                if not own or any(layer.length != length for layer in own):
+                    raise CacheError(
+                        f"{technique!r} has not seen the {length} tokens that the cache holds: it was filled without "
+                        "it, or under another stack. Start again with an empty cache."
+                    )
 
     # -- rows of earlier calls
 
@@ -431,10 +445,11 @@ class Step:
         branch = kwargs.pop(_BRANCH, None)
         segments = self.segments[number]
 
-        def run(values: Tensor) -> Tensor:
+        def run(values: Tensor, **changed: Any) -> Tensor:
+            options = {**kwargs, **changed}
             if segments is None:
-                return stock(module, query, key, values, mask, **kwargs)[0]
-            return attend_segments(stock, segments, module, query, key, values, kwargs)
+                return stock(module, query, key, values, mask, **options)[0]
+            return attend_segments(stock, segments, module, query, key, values, options)
 
         if branch is not None:
             branch["mixed"] = self._mix(number, key, run)
@@ -450,7 +465,7 @@ class Step:
         self._spend(4 * batch * self.splits[number].active.length * length * self.engine.spec.q_width)
         padded = nn.functional.pad(channels.to(key.dtype), (0, head_dim - channels.shape[-1]))  # (B, K, head_dim)
         values = padded[:, None].expand(batch, kv_heads, length, head_dim)
-        return run(values)[..., : channels.shape[-1]].sum(dim=2)
+        return run(values, dropout=0.0)[..., : channels.shape[-1]].sum(dim=2)
 
     def _key_positions(self, number: int) -> Tensor:
         """(B, K) long, for each key of a layer the number of real tokens before it."""
@@ -473,37 +488,95 @@ class Step:
             number,
             self.engine.spec,
             self.layout,
+            self._columns_of(self._whole_split.alive),
             branch["residual"] + output,
             self._embeddings,
             self._rotary,
             sys.modules[type(module).__module__].apply_rotary_pos_emb,
             branch["mixed"],
             self.engine.modules[technique],
-            self.store.setdefault(key, {}),
             self.scratch.setdefault(key, {}),
             self._spend,
             partial(self._extend, number, key),
+            self._attend_to,
             partial(self._report, technique),
-            self.cache is not None,
         )
         return output + technique.branch(view).to(output.dtype)
 
     def _report(self, technique: Technique, name: str, number: int, value: Tensor) -> None:
         self.outputs.setdefault(technique.name, {}).setdefault(name, {})[number] = value
 
-    def _extend(self, number: int, key: str, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A branch's own cache lies in the cache object too, behind the model's layers: beams and crops reach it."""
+    # -- memories of branches
+
+    def _extend(
+        self, number: int, key: str, name: str, rows: Rows | None, keys: Tensor | None, values: Tensor | None
+    ) -> Memory | None:
+        """All keys of a branch's memory; they lie in the cache object, behind the model's layers."""
         if self.cache is None:
-            return keys, values
-        place = (number, f"{key}.{name}")
-        if place not in self.branches:
-            self.branches.append(place)
-        index = self.engine.spec.layers + self.branches.index(place)
-        while len(self.cache.layers) <= index:
-            self.cache.layers.append(DynamicLayer())
-        if not keys.shape[2]:  # nothing new: what is held is not copied
-            return self.cache.layers[index].keys, self.cache.layers[index].values
-        return self.cache.layers[index].update(keys, values)
+            return None if rows is None else Memory(keys, values, *self._columns_with(None, True, rows))
+        layers, place = self.cache.layers, (number, key, name)
+        while len(layers) < self.engine.spec.layers:  # the model's come first
+            layers.append(DynamicLayer())
+        layer = next((layer for layer in layers[self.engine.spec.layers :] if layer.place == place), None)
+        if layer is None:
+            layer = BranchLayer(place)
+            layers.append(layer)
+        layer.length = self.layout.past_length + self.new
+        if rows is not None:
+            layer.extend(keys, values, *self._columns_with(layer.columns, layer.whole, rows))
+        return None if layer.columns is None else Memory(layer.keys, layer.values, layer.columns, layer.whole)
+
+    def _columns_with(self, before: Tensor | None, whole: bool, rows: Rows) -> tuple[Tensor, bool]:
+        """(B, N) columns of a memory's keys once ``rows`` are added, and whether there are no fillers."""
+        key = ("columns", id(before), rows)
+        if key not in self._gathered:
+            own = self._columns_of(rows).expand(self.batch, -1)  # (B, n)
+            if rows.valid is not None:
+                own = own.masked_fill(~rows.valid, -1)
+            whole = whole and rows.valid is None
+            # what was there is kept beside, so that its id stays its own
+            self._gathered[key] = (before, own if before is None else torch.cat([before, own], dim=1), whole)
+        return self._gathered[key][1:]
+
+    def _attend_to(self, queries: Tensor, memory: Memory, last: Tensor | None = None) -> Tensor:
+        """(B, S, heads, head_dim) attention of the call's rows to a memory; 0 for rows that see none of it."""
+        batch, heads, length, head_dim = queries.shape
+        # booked in full, as a layer's own attention is
+        self._spend(4 * batch * heads * length * memory.columns.shape[1] * head_dim)
+        if length == 1 and last is None and memory.whole:  # all keys are earlier
+            return attend_to(queries, memory.keys, memory.values)
+        key = ("seen", id(memory.columns), id(last))
+        if key not in self._gathered:
+            upto = self._columns_of(self._whole_split.alive) if last is None else last  # (B or 1, S)
+            segments = self._memory_segments(memory, upto)
+            mask = None
+            if segments is None:
+                columns = memory.columns[:, None, :]  # (B, 1, N)
+                mask = ((columns >= 0) & (columns <= upto[:, :, None]))[:, None]  # (B, 1, S, N)
+            self._gathered[key] = (memory.columns, last, segments, mask)
+        return attend_to(queries, memory.keys, memory.values, *self._gathered[key][2:])
+
+    def _memory_segments(self, memory: Memory, last: Tensor) -> tuple[Segment, ...] | None:
+        """Row ranges that look into a memory without masks; None where batch rows differ."""
+        columns = memory.columns
+        if not memory.whole or last.shape[1] == 1:
+            return None
+        same = (columns == columns[:1]).all() & (last == last[:1]).all() & self.layout.valid.all()
+        if not bool(same):
+            return None
+        held, upto = columns[0].tolist(), last[0].tolist()
+        counts = [bisect_right(held, column) for column in upto]  # how many keys each row sees, never fewer than before
+        segments, start = [], 0
+        while start < len(counts):
+            stop, grows = start + 1, None
+            while stop < len(counts):
+                step = counts[stop] - counts[stop - 1]
+                if step not in (0, 1) or (grows is not None and step != grows) or (step and not counts[start]):
+                    break
+                stop, grows = stop + 1, step
+            segments.append(Segment((start, stop), ((0, counts[stop - 1]),), causal=bool(grows)))
+            start = stop
+        return tuple(segments)
 
     def _segments(self, split: Split, past: Rows) -> tuple[Segment, ...] | None:
         """Row ranges that attend without masks, where all batch rows have the same shape; None where they do not."""
@@ -692,15 +765,15 @@ class Step:
             held = [kept.length for kept in rows]
         store = {name: kept for name, kept in self.store.items() if kept}
         extra = sum(value.nbytes for kept in store.values() for value in kept.values() if hasattr(value, "nbytes"))
-        own = cache.layers[layers : layers + len(self.branches)]
-        extra += sum(layer.keys.nbytes + layer.values.nbytes for layer in own)
+        own = cache.layers[layers:]
+        extra += sum(layer.keys.nbytes + layer.values.nbytes for layer in own if layer.columns is not None)
         held += [layer.get_seq_length() for layer in own]
         engine.run.count_cache(held, self.batch, length, bytes_per_value, extra)
         if self.idle:
             return
-        changed = self.reduced is not None or store or self.branches
-        if changed and (self.visual or self.revived is not None or self.past is None or self.branches):
-            setattr(cache, CACHE_STATE, CacheState(length, rows or self._held(), store, tuple(self.branches)))
+        changed = self.reduced is not None or store or own
+        if changed and (self.visual or self.revived is not None or self.past is None):
+            setattr(cache, CACHE_STATE, CacheState(length, rows or self._held(), store))
 
     def _evict(self, cache: Cache) -> tuple[Rows, ...]:
         """Take the keys of evicted rows out of the layers before; per layer, the tokens whose keys are left."""
@@ -847,7 +920,9 @@ class Engine:
                 technique.check_labels(labels, layout)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        step = Step(self, layout, visual, cache, whole, mask)
+        cached = given.get("use_cache")
+        cached = bool(getattr(config, "use_cache", False) if cached is None else cached)
+        step = Step(self, layout, visual, cache, whole, mask, cached)
         if not step.idle:
             if given.get("output_attentions", getattr(config, "output_attentions", False)):
                 raise UnsupportedModelError(
@@ -983,17 +1058,19 @@ def _check_model(stack: Stack, parts: Parts, spec: ModelSpec) -> None:
         raise UnsupportedModelError(
             f"The decoder has layers of the kinds {', '.join(sorted(set(kinds)))}; techniques work on full attention."
         )
-    if any(stack.visual_policy(layer, spec) is not None for layer in range(spec.layers)):
-        for layer in parts.layers:
-            names = {name for name, _ in layer.named_children()}
-            inner = {name for name, _ in layer.self_attn.named_children()} if "self_attn" in names else set()
-            module = sys.modules[type(layer.self_attn).__module__] if inner else None
-            if names != _LAYER_PARTS or inner != _ATTENTION_PARTS or not hasattr(module, "apply_rotary_pos_emb"):
-                raise UnsupportedModelError(
-                    f"{type(layer).__name__} is not built of {', '.join(sorted(_LAYER_PARTS))} with "
-                    f"{', '.join(sorted(_ATTENTION_PARTS))}; visual rows cannot be served exactly in it. "
-                    "DyVTE does not need that."
-                )
+    serving = [t for t in active if any(t.visual_policy(layer, spec) is not None for layer in range(spec.layers))]
+    beside = [t for t in active if t.branch_layers(spec)]
+    for layer in parts.layers if serving or beside else []:
+        names = {name for name, _ in layer.named_children()}
+        inner = {name for name, _ in layer.self_attn.named_children()} if "self_attn" in names else set()
+        rotary = inner and hasattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb")
+        # a branch needs to know where the residual stream is, not how keys and values are made
+        if names != _LAYER_PARTS or not rotary or (serving and inner != _ATTENTION_PARTS):
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} is not built of {', '.join(sorted(_LAYER_PARTS))} with "
+                f"{', '.join(sorted(_ATTENTION_PARTS))}; {(serving or beside)[0].name} cannot be exact in it. "
+                "DyVTE does not need that."
+            )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -27,13 +27,11 @@ class CacheState:
         length: tokens seen when this was written; keys that came later are held by every layer.
         rows: per layer, the tokens whose keys it holds, as columns of the whole sequence.
         store: what techniques keep for later calls on this cache, each under its own name.
-        branches: layers of the cache object beyond the model's, in which layer branches keep keys and values.
     """
 
     length: int
     rows: tuple[Rows, ...]
     store: dict[str, dict[str, Any]] = field(default_factory=dict)
-    branches: tuple[tuple[int, str], ...] = ()
 
     def past(self, layer: int, length: int) -> Rows:
         """The keys that ``layer`` holds now that ``length`` tokens have been seen."""
@@ -58,7 +56,68 @@ class CacheState:
                 return None
             valid = None if old.valid is None else old.valid[:, :-cut]
             rows[old] = Rows(old.index[:, :-cut], valid, old.length - cut)
-        return CacheState(length, tuple(rows[old] for old in self.rows), self.store, self.branches)
+        return CacheState(length, tuple(rows[old] for old in self.rows), self.store)
+
+
+class BranchLayer(DynamicLayer):
+    """Keys and values that a layer branch keeps in the cache object, behind the model's own layers.
+
+    They belong to some tokens of the sequence only, so the layer knows to which: cropping, beams and copies of the
+    cache act on it as they do on the others.
+
+    Attributes:
+        place: number of the model's layer, key of the technique, and name of the memory.
+        length: tokens of the sequence that were seen.
+        columns: (B, N) long, the token that each key belongs to; -1 for fillers; None before the first key.
+        whole: whether there are no fillers.
+    """
+
+    def __init__(self, place: tuple[int, str, str]) -> None:
+        super().__init__()
+        self.place = place
+        self._forget()
+
+    def _forget(self) -> None:
+        self.length, self.columns, self.whole = 0, None, True
+
+    def extend(self, keys: Tensor, values: Tensor, columns: Tensor, whole: bool) -> None:
+        """Add ``keys`` and ``values``; ``columns`` is of all, as is ``whole``."""
+        self.update(keys, values)
+        self.columns, self.whole = columns, whole
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= min(self.length, abs(tokens_to_remove))
+        if self.columns is None or not tokens_to_remove:
+            return
+        kept = (self.columns >= 0) & (self.columns < self.length)  # (B, N)
+        batch, rows = kept.shape[0], Rows.select(kept, kept.sum(dim=1).tolist())
+        self.keys, self.values = (
+            rows.take(part.transpose(1, 2), batch).transpose(1, 2) for part in (self.keys, self.values)
+        )
+        self.columns, self.whole = rows.take(self.columns, batch), rows.valid is None
+        if rows.valid is not None:
+            self.columns = self.columns.masked_fill(~rows.valid, -1)
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._choose(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._choose(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.columns is not None:
+            self.columns = self.columns.repeat_interleave(repeats, dim=0)
+
+    def _choose(self, rows: Tensor) -> None:
+        if self.columns is not None:
+            self.columns = self.columns[rows.to(self.columns.device)]
 
 
 class JoinedCache:
@@ -82,7 +141,7 @@ class JoinedCache:
 def check_cache_kind(cache: Cache) -> None:
     """Refuse caches whose layers cannot hold different rows."""
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in (DynamicLayer, BranchLayer):
             raise UnsupportedModelError(
                 f"The key/value cache has a {type(layer).__name__}; techniques that drop or freeze rows need "
                 "transformers' DynamicCache with plain layers. Leave cache_implementation unset."

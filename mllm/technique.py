@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mllm.cost import ModelSpec
 from mllm.errors import ConfigError, ConflictError
 from mllm.layout import TokenLayout
+from mllm.rows import Rows
 
 if TYPE_CHECKING:
     from mllm.engine import Handle
@@ -117,6 +118,23 @@ class LayerView:
     evict: Callable[[Tensor], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Keys and values that a layer branch attends to, and the tokens they belong to.
+
+    Attributes:
+        keys, values: (B, heads, N, head_dim).
+        columns: (B, N) long, the column of the whole sequence that each belongs to, ascending; -1 for fillers, which
+            nobody sees.
+        whole: whether there are no fillers.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+    whole: bool
+
+
 @dataclass(frozen=True)
 class BranchView:
     """What a layer branch sees beside one layer's attention; all rows of the call run it.
@@ -125,36 +143,40 @@ class BranchView:
         layer: 0-based.
         spec: the decoder's shape.
         layout: the call's tokens.
+        columns: (1, S) long, their columns in the whole sequence.
         states: (B, S, D) residual stream after the layer's attention.
         embeddings: (B, S, D) what entered layer 0.
         rotary: (B or 1, S, head_dim) cosines and sines of the rows.
         rotate: the model's rotary embedding: ``queries, keys = rotate(queries, keys, cos, sin)``.
         mixed: (B, S, c) attention-weighted sums, over keys and heads, of the technique's :meth:`Technique.channels`.
         module: the technique's learned parts.
-        store: what the technique keeps for later calls on the same cache.
         scratch: what the technique keeps within this call, for all of its layers.
         spend: books FLOPs that the technique itself uses.
-        extend: ``keys, values = extend(name, keys, values)``: adds to the branch's own cache of this layer, under a
-            name, and returns all that it holds, (B, heads, N, head_dim) each; what was given where nothing is cached.
+        extend: ``memory = extend(name, rows, keys, values)``: adds the keys and values, (B, heads, n, head_dim), of
+            some rows of the call to the branch's own cache of this layer, under a name, and returns all that it holds;
+            ``rows``, ``keys`` and ``values`` are None where there is nothing to add, the result where nothing is held.
+        attend: ``attend(queries, memory, last)``: (B, S, heads, head_dim), the attention of all rows, (B, heads, S,
+            head_dim), to a memory. A row sees keys up to its own column, or up to ``last`` (B or 1, S) long; one that
+            sees none gets exactly 0. Runs without masks where rows allow it; its FLOPs are booked. Give the same
+            ``last`` in all layers: what is derived from it is kept.
         report: ``report(name, layer, value)`` tells the :class:`~mllm.run.Run`, in ``outputs``.
-        cached: whether the call has a key/value cache.
     """
 
     layer: int
     spec: ModelSpec
     layout: TokenLayout
+    columns: Tensor
     states: Tensor
     embeddings: Tensor
     rotary: tuple[Tensor, Tensor]
     rotate: Callable[..., tuple[Tensor, Tensor]]
     mixed: Tensor | None
     module: nn.Module
-    store: dict[str, Any]
     scratch: dict[str, Any]
     spend: Callable[[int], None]
-    extend: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+    extend: Callable[[str, Rows | None, Tensor | None, Tensor | None], Memory | None]
+    attend: Callable[[Tensor, Memory, Tensor | None], Tensor]
     report: Callable[[str, int, Tensor], None]
-    cached: bool
 
 
 def _parse_layers(value: Any) -> Any:
@@ -258,6 +280,15 @@ class Technique(BaseModel):
         """Which later keys rows of a call with visual input may see, in every layer."""
         return ()
 
+    def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
+        """Raise InputError or CacheError where a call cannot be served, before anything of it is computed.
+
+        Args:
+            layout: the call's tokens.
+            lengths: returns (B,) long, how many real tokens each row has with those of earlier calls.
+            cached: whether the call has, or makes, a key/value cache.
+        """
+
     def check_labels(self, labels: Tensor, layout: TokenLayout) -> None:
         """Raise where training on these labels, (B, S) with -100 for none, would let answers leak."""
 
@@ -299,6 +330,10 @@ class Technique(BaseModel):
 
     def extra_flops(self, spec: ModelSpec, text_tokens: int, visual_tokens: int) -> int:
         """FLOPs per prompt that the technique itself uses in a prefill."""
+        return 0
+
+    def extra_cache(self, spec: ModelSpec, text_tokens: int, visual_tokens: int) -> int:
+        """Numbers per prompt that the technique itself keeps in the cache."""
         return 0
 
     # --- using it --------------------------------------------------------------------------------------------------
@@ -449,6 +484,14 @@ class Stack:
             raise ConflictError(
                 f"{' and '.join(map(repr, exits))} both remove all visual tokens; the earlier one decides. Keep one."
             )
+        beside: dict[int, Technique] = {}
+        for technique in active:
+            for layer in technique.branch_layers(spec):
+                if beside.setdefault(layer, technique) is not technique:
+                    raise ConflictError(
+                        f"{beside[layer]!r} and {technique!r} both add something beside the attention of layer "
+                        f"{layer}. Give them different layers."
+                    )
         last = self.last_visual_layer(spec)
         owner: dict[int, Technique] = {}
         for technique in active:

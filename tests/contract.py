@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -113,6 +113,11 @@ def mma_options(model, stack: Stack) -> dict[str, Any]:
     return {"extras": extras}
 
 
+def mma_lorra_options(model, stack: Stack) -> dict[str, Any]:
+    opened, beside = (options(model, stack)["extras"] for options in (mma_options, lorra_options))
+    return {"extras": lambda prompt: replace(opened(prompt), branch=beside(prompt).branch)}
+
+
 def before_images(model, inputs) -> torch.Tensor:
     """(B, S) bool, tokens with no image before them."""
     return visual_mask(model, inputs).cumsum(dim=1) == 0
@@ -177,6 +182,15 @@ CASES: dict[str, Case] = {
         mma_options,
         saves=False,
         labels=lambda model, inputs: before_images(model, inputs),
+    ),
+    # learners see causally whatever images see of their question; the router reads what attention really did
+    "MMA, LoRRA": Case(
+        Stack(ModalityMutualAttention(), LoRRA(rank=3, router_length=512, layers=[0, 2, 3, 5])),
+        Stack(LoRRA(rank=3)),
+        mma_lorra_options,
+        saves=False,
+        labels=lambda model, inputs: before_images(model, inputs),
+        scale=0.15,
     ),
     "URaG": Case(
         Stack(URaG(layer=2, keep_pages=1, hidden=24, width=16)),
@@ -624,6 +638,7 @@ def test_cost_equals_what_is_counted(case, family, attn, kind, monkeypatch):
         # the plain model, whose kernel spares as much
         assert counted <= 1.01 * run.flops
     monkeypatch.setattr(Step, "_segments", lambda *_: None)
+    monkeypatch.setattr(Step, "_memory_segments", lambda *_: None)
     with case(model) as run:
         counted = counted_flops(model, lambda: logits(model, inputs))
         assert run.flops == pytest.approx(counted, rel=0.01)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from mllm import Stack, TokenLayout
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, InputError, UnsupportedModelError
 from mllm.families import find_parts
-from mllm.ragged import Stash
+from mllm.ragged import BranchLayer, Stash
 from mllm.rows import Rows, key_order
 from mllm.technique import Technique
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
@@ -566,6 +566,64 @@ def test_bfloat16_stays_close_to_float32(family, attn, stack):
     assert (found.float() - wanted).norm() < 0.1 * wanted.norm()
 
 
+# --- branches ---------------------------------------------------------------------------------------------------------
+
+
+class Beside(Technique):
+    """Adds something beside the attention of a layer."""
+
+    name: ClassVar[str] = "Beside"
+    paper: ClassVar[str] = ""
+    layers: tuple[int, ...] = (1,)
+
+    def branch_layers(self, spec):
+        return self.layers
+
+
+def test_two_branches_in_one_layer_are_refused():
+    with pytest.raises(ConflictError, match=r"both add something beside the attention of layer 1\. Give them"):
+        Stack(Beside(), Beside(layers=(0, 1))).attach(tiny_model("llava", "sdpa"))
+    Stack(Beside(), Beside(layers=(0, 2))).attach(tiny_model("llava", "sdpa")).detach()
+
+
+@given(masks, st.data())
+def test_a_branch_layer_knows_its_tokens(first, data):
+    """Keys that are their own column's number: after any extensions, crops and choices they are the wanted ones."""
+    first = torch.tensor(first)
+    batch = first.shape[0]
+    layer = BranchLayer((0, "0.Beside", "memory"))
+    wanted = torch.zeros(batch, 0, dtype=torch.bool)
+    for number in range(data.draw(st.integers(1, 3))):
+        if number:
+            width = data.draw(st.integers(1, 4))
+            rows = st.lists(st.booleans(), min_size=width, max_size=width)
+            new = torch.tensor(data.draw(st.lists(rows, min_size=batch, max_size=batch)))
+        else:
+            new = first
+        before = wanted.shape[1]
+        wanted = torch.cat([wanted, new], dim=1)
+        chosen = Rows.select(new, new.sum(dim=1).tolist())
+        columns = chosen.index + before
+        keys = columns[:, None, :, None].float()
+        if chosen.valid is not None:
+            columns = columns.masked_fill(~chosen.valid, -1)
+        old = columns[:, :0] if layer.columns is None else layer.columns
+        layer.length = wanted.shape[1]
+        layer.extend(keys, keys, torch.cat([old, columns], dim=1), layer.whole and chosen.valid is None)
+        cut = data.draw(st.integers(0, wanted.shape[1]))
+        layer.crop(-cut)
+        wanted = wanted[:, : wanted.shape[1] - cut]
+        order = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch)))
+        layer.reorder_cache(order)
+        wanted = wanted[order]
+        assert layer.length == wanted.shape[1]
+        real = layer.columns >= 0
+        assert bool(real.all()) or not layer.whole
+        for number in range(batch):
+            assert layer.columns[number][real[number]].tolist() == wanted[number].nonzero()[:, 0].tolist()
+            assert torch.equal(layer.keys[number, 0, :, 0][real[number]].long(), layer.columns[number][real[number]])
+
+
 # --- attaching --------------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +655,11 @@ def test_layers_built_differently_are_refused():
     with pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer is not built of"):
         NAAViT().attach(model)
     DyVTE(exit_layer=2).attach(model).detach()  # needs only the rows
+    Beside().attach(model).detach()  # and this where the residual stream is
+    for layer in model.model.language_model.layers:
+        layer.post_feedforward_layernorm = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="Beside cannot be exact in it"):
+        Beside().attach(model)
 
 
 def test_layers_replaced_after_attaching_are_noticed():
