@@ -111,7 +111,8 @@ class Demo:
         self.evaluator = Evaluator(backend)
         self._kept = tempfile.TemporaryDirectory(prefix="mllm-demo-") if folder is None else None
         self.folder = Path(self._kept.name if self._kept else folder).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "files")
+        self._before = os.environ.get("GRADIO_TEMP_DIR")
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "files")  # read at every upload; one demo a process
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         self.blocks = self._build()
 
@@ -120,6 +121,10 @@ class Demo:
         for name in list(self.sessions._sessions):
             self.sessions.drop(name)
         self.blocks.close(verbose=False)
+        if self._before is None:
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = self._before
         if self._kept is not None:
             self._kept.cleanup()
 
@@ -159,7 +164,8 @@ class Demo:
         """Write both answers to the last question, one after the other."""
         session = self.sessions.get(request.session_hash)
         chat = session.chat
-        if not chat.turns or chat.turns[-1].full is not None:
+        if not chat.turns or chat.turns[-1].full is not None:  # the question was refused
+            yield {self.notice: gr.skip()}  # a generator without a result would empty all outputs
             return
         turn = chat.turns[-1]
         yield {self.notice: ""}
@@ -546,6 +552,7 @@ class Demo:
             inputs=self.box,
             label="Examples",
             elem_id="examples",
+            api_visibility="private",
             example_labels=[f"{name}: {example['text']}" for name, example in made],
         )
 
@@ -610,6 +617,11 @@ class Demo:
             self.plot = gr.HTML(padding=False, elem_id="plot")
 
     def _wire(self, blocks: gr.Blocks) -> None:
+        # these first: the names that they want are then still free
+        gr.api(self.api_ask, api_name="ask", concurrency_limit=1, concurrency_id=_MODEL)
+        gr.api(self.api_check, api_name="check")
+        gr.api(self.api_techniques, api_name="techniques")
+        gr.api(self.api_evaluate, api_name="evaluate", concurrency_limit=1, concurrency_id="evaluation")
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
         columns = [self.full, self.other, self.notice, self.stop_button, self.retry_button]
         inside = [
@@ -668,10 +680,6 @@ class Demo:
         )
         self.stop_evaluate_button.click(self.stop_evaluating, None, None, queue=False, **hidden)
         blocks.unload(self.leave)
-        gr.api(self.api_ask, api_name="ask", concurrency_limit=1, concurrency_id=_MODEL)
-        gr.api(self.api_check, api_name="check")
-        gr.api(self.api_techniques, api_name="techniques")
-        gr.api(self.api_evaluate, api_name="evaluate", concurrency_limit=1, concurrency_id="evaluation")
 
     def launch(self, host: str = "127.0.0.1", port: int | None = None, share: bool = False, **options: Any) -> str:
         """Start the server in the background and return its address.

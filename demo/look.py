@@ -44,6 +44,7 @@ CSS = """
 #head h1 { margin: 0 0 4px; font-size: 1.5rem; }
 #head p { margin: 0; opacity: .85; }
 #full, #other { height: 420px !important; }
+#full .message-wrap *, #other .message-wrap * { overflow-wrap: anywhere !important; }
 #full .placeholder, #other .placeholder { padding: 0 16px; text-align: center; }
 #notice:not(:has(.mllm-notice)), #saving:not(:has(.mllm-notice)), #evaluate-notice:not(:has(.mllm-notice)),
   #plot:not(:has(svg)) { display: none; }

@@ -88,9 +88,9 @@ class Stage:
 _EASY = {"grids": 0.5, "characters": 0.2, "talk": 0.05, "album": 0.1, "spelling": 0.1, "words": 0.05}
 _ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.06, "album": 0.1, "pages": 0.06, "spelling": 0.14, "words": 0.1}
 STAGES = (
-    Stage("tower", 700, 1e-3, dense=40, last=0.02),
-    Stage("look up", 840, 1e-3, _EASY, pools=(4,), last=0.8),
-    Stage("joint", 250, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.08),
+    Stage("tower", 2400, 1e-3, dense=40, last=0.02),
+    Stage("look up", 2500, 1e-3, _EASY, pools=(4,), last=0.8),
+    Stage("joint", 600, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.08),
 )
 #: texts are lost where their characters are averaged
 _FINEST = {"spelling": 2}

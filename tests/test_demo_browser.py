@@ -1,0 +1,177 @@
+"""The demo in a real browser, at desktop and phone width; skips where no browser is installed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from tiny import tiny_image, tiny_model, tiny_processor
+
+pytest.importorskip("gradio", reason="the demo needs gradio")
+pytest.importorskip("selenium", reason="the browser test needs selenium")
+
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from mllm.demo.answers import Backend
+from mllm.demo.app import Demo
+from mllm.demo.limits import Limits
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ),
+)
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="no browser: apt-get install chromium chromium-driver to run this test"
+)
+
+
+@pytest.fixture(scope="module")
+def address():
+    demo = Demo(Backend(tiny_model("llava", fresh=True), tiny_processor("llava"), "tiny", Limits(pages=3)))
+    yield demo.launch()
+    demo.close()
+
+
+class Page:
+    """The demo in one browser window."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+        self.wait = WebDriverWait(driver, 90, ignored_exceptions=[StaleElementReferenceException])
+
+    def find(self, selector: str) -> list:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def until(self, selector: str, count: int = 1):
+        """The first of at least ``count`` visible elements."""
+
+        def shown(_):
+            found = [element for element in self.find(selector) if element.is_displayed()]
+            return found if len(found) >= count else None
+
+        return self.wait.until(shown, f"no {count} {selector}")[0]
+
+    def click(self, selector: str) -> None:
+        element = self.until(selector)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        self.wait.until(lambda _: element.is_enabled())
+        element.click()
+
+    def until_text(self, selector: str, text: str) -> None:
+        self.wait.until(lambda _: any(text in e.text for e in self.find(selector)), f"no {text!r} in {selector}")
+
+    def ask(self, text: str, file) -> None:
+        if file is not None:
+            self.find("#box input[type=file]")[0].send_keys(str(file))
+            self.until("#box .thumbnails > *, #box .thumbnail-item, #box .file-icon, #box .thumbnail-image")
+        self.until("#box textarea").send_keys(text)
+        self.click("#box button.submit-button")
+
+
+@pytest.fixture(params=list(WIDTHS))
+def page(request, address, tmp_path):
+    width, height = WIDTHS[request.param]
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": request.param == "phone"}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    driver.get(address)
+    yield Page(driver)
+    driver.quit()
+
+
+def test_a_visit(page, tmp_path):
+    tiny_image(0, (64, 48)).save(tmp_path / "picture.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "picture.png").read_bytes()[:80])
+
+    # the first screen: both columns, the box, examples, techniques with their state
+    page.until("#full")
+    page.until("#other")
+    page.until("#examples button", 5)
+    page.until_text("#status", "Ready")
+
+    # a question about an upload: two answers, what they cost, what was saved, and a chart
+    page.ask("what is it?", tmp_path / "picture.png")
+    page.until("#full .mllm-costs")
+    page.until("#other .mllm-costs")
+    page.until_text("#saving", "less arithmetic in the decoder")
+    chart = page.until("#chart svg")
+    assert "exit after layer 2" in chart.text
+    assert chart.get_attribute("aria-label").startswith("Visual tokens alive in each layer: ")
+    page.until("#tokens img")
+    assert len(page.find("#full img")) == 1
+
+    # a technique more, and one that conflicts: the reason is shown, and taken back
+    page.click("#on-NAAViT input")
+    page.until("#arguments-NAAViT")
+    page.click("#on-FreezeVisual input")
+    page.until_text("#status", "both decide what visual rows do")
+    page.click("#on-FreezeVisual input")
+    page.until_text("#status", "Ready")
+    page.click("#retry")
+    page.until_text("#saving", "NAAViT")
+    page.until("#chart .passive")
+    assert len(page.find("#full .mllm-costs")) == 1
+
+    # a broken file: the message, and the answers are still there
+    page.ask("what is this?", tmp_path / "broken.png")
+    page.until_text("#notice [role=alert]", "broken.png is damaged or cut short")
+    assert len(page.find("#full .mllm-costs")) == 1
+
+    # nothing is cut off at the side, and nothing failed in the page
+    wide, window = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide <= window
+    errors = [entry["message"] for entry in page.driver.get_log("browser") if "favicon" not in entry["message"]]
+    assert errors == []
+
+    page.click("#clear")
+    page.wait.until(lambda _: not page.find("#full .mllm-costs"))
+
+
+def test_dark_mode_is_readable(page, address):
+    """Text and background of messages, charts and controls differ enough to be read (WCAG's 4.5 to 1)."""
+    page.driver.get(f"{address}?__theme=dark")
+    page.click("#examples button")
+    page.click("#box button.submit-button")
+    page.until("#chart svg")
+    colours = page.driver.execute_script(
+        """
+        const paint = c => { const x = document.createElement('canvas').getContext('2d'); x.fillStyle = c;
+          x.fillRect(0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data]; };
+        const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+          if (paint(c)[3] > 200) return paint(c); } return [255, 255, 255, 255]; };
+        return ['#saving .mllm-notice', '#status .mllm-notice', '#full .mllm-costs', '#head p', '#layer-text p',
+                '#on-DyVTE span', '#chart figcaption, #tokens figcaption'].map(s => {
+          const e = document.querySelector(s); return [s, paint(getComputedStyle(e).color), behind(e)]; });
+        """
+    )
+    for selector, front, back in colours:
+        assert contrast(front, back) >= 4.5, (selector, front, back)
+
+
+def contrast(front: list[int], back: list[int]) -> float:
+    """Contrast of two colours, as WCAG defines it."""
+
+    def light(colour: list[int]) -> float:
+        parts = [c / 255 for c in colour[:3]]
+        parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    high, low = sorted((light(front), light(back)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
