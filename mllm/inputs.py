@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mllm.errors import InputError
 
 MAX_PIXELS = 100_000_000  # decoded, before it is scaled: 400 MB of RGBA
 MAX_SIDE = 4096  # what a processor is handed; larger pictures are scaled down to it
+_DECODING = threading.Lock()
 
 
 def open_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
@@ -22,7 +24,10 @@ def open_image(source: str | Path | IO[bytes] | Image.Image) -> Image.Image:
         InputError: it is missing, empty, truncated, no picture at all, or too large to decode.
     """
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except (OSError, SyntaxError) as error:  # it was opened, and is read only now
+            raise InputError(f"{getattr(source, 'filename', '') or 'The picture'} is damaged: {error}") from error
     name = str(source if isinstance(source, str | Path) else getattr(source, "name", "The picture"))
     try:
         with warnings.catch_warnings():
@@ -48,7 +53,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB version of any Pillow image: 16-bit is scaled, CMYK converted, alpha laid on white."""
     if 0 in image.size:
         raise InputError(f"The picture is {image.size[0]} x {image.size[1]} pixels. Give one with at least one pixel.")
-    image.load()
+    with _DECODING:
+        # lmms-eval tells Pillow, for the whole process, to fill up what is missing of a file
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            image.load()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey is scaled to 8; Pillow's own convert would clip it to white

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from tiny import FAMILIES, tiny_image, tiny_model, tiny_processor
 
 from mllm.errors import InputError
@@ -83,6 +83,15 @@ def test_unreadable_pictures(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         open_image(path)
+
+
+def test_what_is_missing_is_not_made_up(monkeypatch):
+    """lmms-eval sets this switch of Pillow when it is imported."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for source in (io.BytesIO(png_bytes()[:200]), Image.open(io.BytesIO(png_bytes()[:200]))):
+        with pytest.raises(InputError, match="damaged"):
+            open_image(source)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):

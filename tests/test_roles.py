@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -112,7 +113,7 @@ TOKENIZERS = {"sentencepiece": sentencepiece_like, "qwen": qwen_like, "character
 
 @cache
 def prepared(tokenizer_name: str, template: str) -> tuple[PreTrainedTokenizerFast, ChatFormat]:
-    tokenizer = TOKENIZERS[tokenizer_name]()
+    tokenizer = copy.deepcopy(TOKENIZERS[tokenizer_name]())
     tokenizer.chat_template = TEMPLATES[template]
     return tokenizer, ChatFormat.from_processor(tokenizer)
 
@@ -247,7 +248,7 @@ def test_families(family, left):
 
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 def test_the_default_model_s_template(tokenizer_name):
-    tokenizer = TOKENIZERS[tokenizer_name]()
+    tokenizer = copy.deepcopy(TOKENIZERS[tokenizer_name]())
     tokenizer.chat_template = CHAT_TEMPLATE
     chat_format = ChatFormat.from_processor(tokenizer)
     assert tokenizer.convert_ids_to_tokens(chat_format.end) == ["<|im_end|>"]
