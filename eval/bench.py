@@ -8,7 +8,9 @@ decoder is timed. In each round all settings run in turn on the same numbers, an
 * ``oracle``: time of the plain model over that of stock decoder layers in a bare loop on the rows that the technique
   leaves in each layer, cut once by hand, without hooks, layouts, masks or bookkeeping: what the machine can give.
 
-A technique that does not lose anything has ``realised_over_oracle`` = 1.
+A technique that does not lose anything has ``realised_over_oracle`` = 1. Where cached keys of an image are used again,
+the oracle is the plain model on the text alone; techniques that change what is attended to (MMA) or add work (LoRRA)
+have none, and are compared with the prediction.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +33,69 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm.adapters import LoRRA, ModalityMutualAttention
 from mllm.cost import ARCHITECTURES, LayerWork, ModelSpec
 from mllm.errors import ConfigError
 from mllm.eval.results import environment, write_json
 from mllm.loading import pick_device, pick_dtype
+from mllm.roles import ChatFormat
 from mllm.technique import Stack, VisualPolicy
 from mllm.timing import PeakMemory, synchronize
-from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT
+from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT, URaG
 from mllm.versions import CACHE
 
-_IMAGE, _VOCABULARY = 5, 1000
+_IMAGE, _USER, _ASSISTANT, _VOCABULARY = 5, 6, 7, 1000
+_CHAT = ChatFormat(((_USER,),), ((_ASSISTANT,),))
 _RESAMPLES = 1000
 
-#: settings by name: a stack for a number of layers
-SETTINGS: dict[str, Callable[[int], Stack]] = {
-    "neutral": lambda layers: Stack(DyVTE(exit_layer=layers - 1)),
-    "exit_half": lambda layers: Stack(DyVTE(exit_layer=layers // 2 - 1)),
-    "freeze_all": lambda layers: Stack(FreezeVisual()),
-    "naavit_all": lambda layers: Stack(NAAViT()),
-    "ee_all": lambda layers: Stack(EEMLLM()),
-    "naavit_exit": lambda layers: Stack(NAAViT(), DyVTE(exit_layer=layers // 2 - 1)),
-    "naavit_reuse": lambda layers: Stack(NAAViT(image_cache=1)),
+
+def _nothing(layers: int) -> Stack:
+    return Stack()
+
+
+def _exit_half(layers: int) -> Stack:
+    return Stack(DyVTE(exit_layer=layers // 2 - 1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        stack: for a number of layers.
+        bare: the stack whose rows the oracle runs; ``stack`` without, or None for no oracle.
+        pages: blocks into which the visual tokens are split.
+        text_only: whether the oracle is the plain model on the text alone.
+    """
+
+    stack: Callable[[int], Stack]
+    bare: Callable[[int], Stack] | None = None
+    pages: int = 1
+    text_only: bool = False
+
+
+def _same(stack: Callable[[int], Stack]) -> Setting:
+    return Setting(stack, stack)
+
+
+#: settings by name
+SETTINGS: dict[str, Setting] = {
+    "neutral": Setting(lambda layers: Stack(DyVTE(exit_layer=layers - 1)), _nothing),
+    "exit_half": _same(_exit_half),
+    # one gate is asked, and lets go
+    "learned_exit": Setting(
+        lambda layers: Stack(DyVTE(gate="light", candidate_layers=[layers // 2 - 1], threshold=0.0)), _exit_half
+    ),
+    # the gate of every layer is asked, and none lets go: what gates cost
+    "gates_only": Setting(lambda layers: Stack(DyVTE(gate="light", threshold=1.0)), _nothing),
+    "freeze_all": _same(lambda layers: Stack(FreezeVisual())),
+    "naavit_all": _same(lambda layers: Stack(NAAViT())),
+    "ee_all": _same(lambda layers: Stack(EEMLLM())),
+    "naavit_exit": _same(lambda layers: Stack(NAAViT(), DyVTE(exit_layer=layers // 2 - 1))),
+    "naavit_reuse": Setting(lambda layers: Stack(NAAViT(image_cache=1)), text_only=True),
+    "urag_20_to_5": Setting(lambda layers: Stack(URaG(layer=max(1, layers // 4))), _nothing, pages=20),
+    "mma": Setting(lambda layers: Stack(ModalityMutualAttention())),
+    "lorra": Setting(lambda layers: Stack(LoRRA(router_length=1 << 17))),
 }
 
 
@@ -130,18 +175,34 @@ def build_model(spec: ModelSpec, layers: int, attn: str, dtype: torch.dtype, dev
         torch.set_default_dtype(before)
 
 
-def prompt(model: nn.Module, visual: int, text: int, batch: int, seed: int = 0) -> dict[str, Any]:
-    """Inputs of the multimodal base model: half of the text, one image of ``visual`` tokens, the other half."""
+def prompt(model: nn.Module, visual: int, text: int, batch: int, pages: int = 1, seed: int = 0) -> dict[str, Any]:
+    """Inputs of the multimodal base model: a user turn with ``visual`` tokens in its middle, and the answer's header.
+
+    Args:
+        model: from :func:`build_model`.
+        visual: visual tokens, at least one a page; 0 for text alone.
+        text: text tokens; between two pages stands one of them.
+        batch: prompts.
+        pages: blocks of visual tokens.
+        seed: of tokens and features.
+    """
     weight = model.lm_head.weight
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, _VOCABULARY, (batch, text + visual), generator=generator)  # (B, S)
-    start = text // 2
-    ids[:, start : start + visual] = _IMAGE
+    ids[:, 0], ids[:, -1] = _USER, _ASSISTANT
+    if not visual:
+        return {"input_ids": ids.to(weight.device)}
+    sizes = [visual // pages + (number < visual % pages) for number in range(pages)]
+    place = (text - pages + 1) // 2
+    for size in sizes:
+        ids[:, place : place + size] = _IMAGE
+        place += size + 1
     features = torch.randn(batch, visual, weight.shape[1], generator=generator) * 0.02
     features = features.to(weight.device, weight.dtype)
+    pictures = tuple(picture for row in features for picture in row.split(sizes))
     return {
         "input_ids": ids.to(weight.device),
-        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))},
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pictures)},
     }
 
 
@@ -188,42 +249,60 @@ def _bare_policy(
     return text, visual
 
 
-def oracle_prefill(model: nn.Module, stack: Stack, inputs: dict[str, Any]) -> DynamicCache:
-    """The stack's work in a bare loop over the model's own layers; returns the cache."""
+def oracle_prefill(
+    model: nn.Module, stack: Stack, inputs: dict[str, Any], dropped: tuple[int, Tensor] | None = None
+) -> DynamicCache:
+    """The stack's work in a bare loop over the model's own layers; returns the cache.
+
+    Args:
+        model: from :func:`build_model`.
+        stack: fixed exits and policies of visual rows.
+        inputs: from :func:`prompt`.
+        dropped: a layer, and the (N,) columns that still run it and those behind it.
+    """
     text_model, spec = model.model.language_model, ModelSpec.from_config(model.config.text_config)
-    features = torch.stack(inputs["mm_encoder_outputs"]["image"].pooler_output)  # (B, V, D)
     ids = inputs["input_ids"]
-    visual = int((ids[0] == _IMAGE).sum())
-    start = int((ids[0] == _IMAGE).nonzero()[0])
-    hidden = text_model.embed_tokens(ids)  # (B, S, D)
-    hidden = torch.cat([hidden[:, :start], features, hidden[:, start + visual :]], dim=1)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    rotary = text_model.rotary_emb(hidden, positions)
+    visual = (ids[0] == _IMAGE).nonzero()[:, 0]  # (V,)
+    features = torch.cat(inputs["mm_encoder_outputs"]["image"].pooler_output).view(len(ids), len(visual), -1)
+    hidden = text_model.embed_tokens(ids).index_copy(1, visual, features)  # (B, S, D)
+    rotary = text_model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
     cache = DynamicCache(config=model.config)
     last = stack.last_visual_layer(spec)
-    image: Tensor | None = None  # (B, V, D) while visual rows travel apart
-
-    def without(states: Tensor) -> Tensor:
-        return torch.cat([states[:, :start], states[:, start + visual :]], dim=1)
-
-    whole, short = rotary, tuple(without(table) for table in rotary)
+    text = (ids[0] != _IMAGE).nonzero()[:, 0]  # (T,)
+    start, apart = int(visual[0]), None  # (B, V, D) visual rows, while they travel apart
+    whole, tables = rotary, rotary
     for number, layer in enumerate(text_model.layers):
         policy = stack.visual_policy(number, spec) if number <= last else None
         if policy is not None:
-            if image is None:
-                image, hidden = hidden[:, start : start + visual], without(hidden)
-            hidden, image = _bare_policy(layer, policy, hidden, image, start, whole, cache)
+            if apart is None:
+                apart, hidden = hidden[:, visual], hidden[:, text]
+            hidden, apart = _bare_policy(layer, policy, hidden, apart, start, whole, cache)
             continue
-        if image is not None:
+        if apart is not None:
             if number <= last:
-                hidden = torch.cat([hidden[:, :start], image, hidden[:, start:]], dim=1)
-            image = None
-        elif number == last + 1 and hidden.shape[1] == whole[0].shape[1]:
-            hidden = without(hidden)
-        tables = whole if number <= last else short
+                hidden = torch.cat([hidden[:, :start], apart, hidden[:, start:]], dim=1)
+            else:
+                tables = tuple(table[:, text] for table in rotary)
+            apart = None
+        elif number == last + 1:
+            hidden, tables = hidden[:, text], tuple(table[:, text] for table in rotary)
+        elif dropped is not None and number == dropped[0]:
+            hidden, tables = hidden[:, dropped[1]], tuple(table[:, dropped[1]] for table in rotary)
         hidden = layer(hidden, attention_mask=None, position_embeddings=tables, use_cache=True, **{CACHE: cache})
     text_model.norm(hidden)
     return cache
+
+
+def _dropped(stack: Stack, spec: ModelSpec, ids: Tensor, outputs: dict[str, Any]) -> tuple[int, Tensor] | None:
+    """Where URaG dropped pages, and the columns that stayed in the first row."""
+    if "URaG" not in outputs:
+        return None
+    (urag,) = stack.techniques
+    kept = torch.tensor(outputs["URaG"]["kept"][0], device=ids.device)
+    visual = ids[0] == _IMAGE
+    page = (visual & ~visual.roll(1)).cumsum(dim=0) - 1  # (S,)
+    stay = ~visual | torch.isin(page, kept)
+    return urag.first_visual_layer(spec), stay.nonzero()[:, 0]
 
 
 def oracle_step(model: nn.Module, token: Tensor, position: int, cache: DynamicCache) -> None:
@@ -276,14 +355,16 @@ def measure_size(
     base, device = model.model, model.lm_head.weight.device
     layers = model.config.text_config.num_hidden_layers
     spec = ModelSpec.from_config(model.config.text_config)
-    inputs = prompt(model, visual, text, batch)
     token = torch.full((batch, 1), 20, device=device)
     common = (arch, layers, model.config._attn_implementation, str(model.dtype).removeprefix("torch."), device.type)
     memory = PeakMemory(device)
+    text_inputs = prompt(model, 0, text, batch)
     rows: list[Row] = []
 
-    def run(**more: Any) -> Any:
-        return base(**{**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"]), **more}, use_cache=True)
+    def run(given: dict[str, Any]) -> Any:
+        encoded = given.get("mm_encoder_outputs")
+        more = {} if encoded is None else {"mm_encoder_outputs": dict(encoded)}
+        return base(**{**given, **more}, use_cache=True)
 
     def step(cache: DynamicCache) -> Any:
         return base(input_ids=token, use_cache=True, **{CACHE: cache})
@@ -293,44 +374,51 @@ def measure_size(
         call()
         return memory.read()
 
-    run()  # warm up
-    dense_peak = peak(run)
     for name in settings:
-        stack = SETTINGS[name](layers)
-        prefill = Row(*common, name, "prefill", visual, text, batch, note=note, dense_peak_bytes=dense_peak)
+        setting = SETTINGS[name]
+        stack = setting.stack(layers)
+        inputs = prompt(model, visual, text, batch, setting.pages)
+        run(inputs)  # warm up
+        prefill = Row(*common, name, "prefill", visual, text, batch, note=note)
         decode = Row(*common, name, "decode", visual, text, batch, note=note)
-        handle = stack.attach(model)
-        first = run()  # warm up; also fills the image cache where there is one
+        prefill.dense_peak_bytes = peak(lambda inputs=inputs: run(inputs))
+        handle = stack.attach(model, _CHAT)
+        run(inputs)  # warm up; also fills the image cache where there is one
         handle.run.reset()
-        cache = run()[CACHE]
+        cache = run(inputs)[CACHE]
         report = handle.run.report()
         prefill.predicted = report.dense_flops / report.flops
         prefill.kv_bytes, prefill.dense_kv_bytes = report.kv_bytes, report.dense_kv_bytes
-        decode.predicted = _decode_prediction(spec, report.cache_lengths, batch, visual + text)
-        prefill.peak_bytes = peak(run)
+        if len(report.cache_lengths) == spec.layers:  # else a branch does further work, which is not predicted
+            decode.predicted = _decode_prediction(spec, report.cache_lengths, batch, visual + text)
+        prefill.peak_bytes = peak(lambda inputs=inputs: run(inputs))
+        dropped = _dropped(stack, spec, inputs["input_ids"], handle.run.outputs)
         handle.detach()
-        del first
-        with_oracle = "reuse" not in name
+        oracle_of: Callable[[], Any] | None = None
+        if setting.text_only:
+            oracle_of = partial(run, text_inputs)
+        elif setting.bare is not None and (batch == 1 or dropped is None):  # rows choose different pages
+            oracle_of = partial(oracle_prefill, model, setting.bare(layers), inputs, dropped)
         plain, technique, oracle = [], [], []
         for _ in range(rounds):
-            plain.append(_timed(device, run))
+            plain.append(_timed(device, partial(run, inputs)))
             handle = _reattach(handle, stack, model)
-            technique.append(_timed(device, run))
+            technique.append(_timed(device, partial(run, inputs)))
             handle.detach()
-            if with_oracle:
-                oracle.append(_timed(device, lambda stack=stack: oracle_prefill(model, stack, inputs)))
+            if oracle_of is not None:
+                oracle.append(_timed(device, oracle_of))
         _fill(prefill, plain, technique, oracle)
-        dense = run()[CACHE]
-        bare = oracle_prefill(model, stack, inputs) if with_oracle else None
+        dense = run(inputs)[CACHE]
+        bare = oracle_of() if oracle_of is not None and not setting.text_only else None
         plain, technique, oracle = [], [], []
-        for number in range(2 * rounds + 2):
-            times = [_timed(device, lambda dense=dense: step(dense))]
+        for number in range(4 * rounds + 2):
+            times = [_timed(device, partial(step, dense))]
             handle = _reattach(handle, stack, model)
-            times.append(_timed(device, lambda cache=cache: step(cache)))
+            times.append(_timed(device, partial(step, cache)))
             handle.detach()
             if bare is not None:
                 place = visual + text + number
-                times.append(_timed(device, lambda bare=bare, place=place: oracle_step(model, token, place, bare)))
+                times.append(_timed(device, partial(oracle_step, model, token, place, bare)))
             if number >= 2:  # the first ones grow the caches
                 for values, value in zip((plain, technique, oracle), times, strict=False):
                     values.append(value)
@@ -342,7 +430,7 @@ def measure_size(
 def _reattach(handle: Any, stack: Stack, model: nn.Module) -> Any:
     """Attach again, with what the handle kept of images."""
     kept = handle.run.image_cache
-    handle = stack.attach(model)
+    handle = stack.attach(model, _CHAT)
     handle.run.image_cache = kept
     return handle
 
@@ -413,11 +501,18 @@ def run_bench(
         attn, dtype, device: see :func:`mllm.load`.
 
     Raises:
-        ConfigError: an unknown architecture or setting.
+        ConfigError: an unknown architecture or setting, or a size that is too small.
     """
     for name, known in (*((a, ARCHITECTURES) for a in architectures), *((s, SETTINGS) for s in settings)):
         if name not in known:
             raise ConfigError(f"{name!r} is not one of: {', '.join(known)}.")
+    if min(*visual_tokens, *batches, rounds, text_tokens, layers or 4) < 1 or (layers or 4) < 4 or text_tokens < 22:
+        raise ConfigError(
+            f"visual_tokens {list(visual_tokens)}, batches {list(batches)}, rounds {rounds}, text_tokens {text_tokens} "
+            f"and layers {layers}: at least 1, 1, 1, 22 (they stand between 20 pages) and 4 are needed."
+        )
+    if small := [size for size in visual_tokens if size < max(SETTINGS[name].pages for name in settings)]:
+        raise ConfigError(f"{small[0]} visual tokens do not fill the pages of {', '.join(settings)}. Give more.")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     target = pick_device(device)

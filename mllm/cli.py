@@ -265,6 +265,45 @@ def train_command(
         typer.echo(folder)
 
 
+@app.command("bench")
+def bench_command(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")],
+    arch: Annotated[list[str] | None, typer.Option(help="Shape of the decoder; repeatable.")] = None,
+    visual_tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens of a prompt; repeatable.")] = None,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at a time; repeatable.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="What to measure; repeatable, everything without.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds a setting.")] = 7,
+    seconds: Annotated[float, typer.Option(help="Sizes that are expected to take longer are left out.")] = 300.0,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers at most.")] = None,
+    attn: Annotated[str, typer.Option(help="Attention backend: sdpa or eager.")] = "sdpa",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+) -> None:
+    """Time techniques at real shapes with random weights, beside the plain model and a bare loop over its layers.
+
+    Example: mllm bench --arch llava-onevision-0.5b --visual-tokens 2880 --layers 8 --out runs/bench
+    """
+    from mllm.eval.bench import SETTINGS, run_bench, table
+
+    rows = run_bench(
+        out,
+        arch or ["llava-onevision-0.5b"],
+        visual_tokens=visual_tokens or [576, 2880],
+        batches=batch_size or [1],
+        text_tokens=text_tokens,
+        settings=setting or tuple(SETTINGS),
+        rounds=rounds,
+        seconds=seconds,
+        layers=layers,
+        attn=attn,
+        dtype=dtype,
+        device=device,
+    )
+    typer.echo(table(rows), nl=False)
+    typer.echo(f"json: {out / 'bench.json'}\nmarkdown: {out / 'bench.md'}\npng: {out / 'bench.png'}")
+
+
 @app.command("demo")
 def demo_command(
     model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",

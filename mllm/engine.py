@@ -1171,7 +1171,7 @@ def _chat_format(stack: Stack, spec: ModelSpec, processor: Any) -> ChatFormat | 
         )
     from mllm.roles import ChatFormat
 
-    return ChatFormat.from_processor(processor)
+    return processor if isinstance(processor, ChatFormat) else ChatFormat.from_processor(processor)
 
 
 def _learned_parts(technique: Technique, parts: Parts, spec: ModelSpec) -> nn.Module | None:

@@ -535,7 +535,8 @@ class Stack:
 
         Args:
             model: from :func:`mllm.load`, or any stock model of a supported family.
-            processor: its processor, for techniques that must tell questions from answers.
+            processor: its processor, for techniques that must tell questions from answers; or the
+                :class:`~mllm.roles.ChatFormat` that was read off it before.
             freeze: while techniques with learned parts are attached, the model's own parameters get no gradients.
 
         Raises:
