@@ -633,17 +633,22 @@ class Step:
     def _later(self, start: int, stop: int) -> list[tuple[int, int]] | None:
         """Ranges of keys opened to the rows from ``start`` to ``stop``; None where these rows differ in them."""
         numbers = self._numbers()
-        allowed = torch.zeros(stop - start, self.width, dtype=torch.bool, device=numbers.device)  # (rows, S)
+        # rows with the same bounds see the same keys: one of each kind is looked at, not (rows, S)
+        bounds = torch.cat([part[0, start:stop, None] for o in self.opened for part in (o.low, o.high)], dim=1)
+        kind = bounds.unique(dim=0, return_inverse=True)[1]  # (rows,)
+        earliest = torch.full_like(kind, self.width).scatter_reduce(0, kind, numbers[0, start:stop], "amin")
+        chosen = earliest[earliest < self.width][None]  # (1, kinds)
+        allowed = torch.zeros(chosen.shape[1], self.width, dtype=torch.bool, device=numbers.device)  # (kinds, S)
         for opened in self.opened:
             one = Opened(opened.low[:1], opened.high[:1], opened.group[:1])
-            allowed |= one.allowed(numbers[:, start:stop], numbers)[0]
+            allowed |= one.allowed(chosen, numbers)[0]
         own = allowed[:, start:stop]
         outside = allowed.clone()
         outside[:, :stop] = False
-        if bool((outside != outside[:1]).any()) or (bool(own.any()) and not bool((own | own.T).all())):
+        if bool((outside != outside[:1]).any()) or (bool(own.any()) and not bool(own.all())):
             return None
         seen = outside[0].tolist()
-        ranges = [(start, stop)] if bool(own.triu(1).any()) else []
+        ranges = [(start, stop)] if bool(own.any()) else []
         first = None
         for column in range(stop, self.width + 1):
             inside = column < self.width and seen[column]
