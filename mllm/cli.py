@@ -369,6 +369,63 @@ def analyze(
         typer.echo(out / f"analysis.{name}", err=True)
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, .md and .png; other rows in it stay.")],
+    arch: Annotated[str, typer.Option(help="Shapes, separated by commas: llava-1.5-7b, ... (see mllm cost).")],
+    visual_tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "576,2880,10000",
+    text_tokens: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    settings: Annotated[str, typer.Option(help="'all', or names such as neutral,exit_half.")] = "all",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of plain model, technique and oracle.")] = 7,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers at most; all that fit without.")] = None,
+    seconds: Annotated[float, typer.Option(help="Leave a size out that is expected to take longer.")] = 300.0,
+    attn: Annotated[str, typer.Option(help="Attention backend: sdpa or eager.")] = "sdpa",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time techniques at real shapes with random weights: against the plain model, the FLOPs, and a hand-written loop.
+
+    Example: mllm bench --arch llava-onevision-0.5b --visual-tokens 576 --batch 1 --settings exit_half --out runs/bench
+    """
+    from mllm.eval.bench import SETTINGS, run_bench
+    from mllm.eval.bench_report import table
+
+    rows = run_bench(
+        out,
+        _names(arch),
+        _numbers(visual_tokens, "--visual-tokens"),
+        _numbers(batch, "--batch"),
+        text_tokens,
+        list(SETTINGS) if settings == "all" else _names(settings),
+        rounds,
+        seconds,
+        layers,
+        attn,
+        dtype,
+        device,
+    )
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+    else:
+        typer.echo(table(rows))
+    for name in ("json", "md", "png"):
+        typer.echo(out / f"bench.{name}", err=True)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    if not all(part.isdecimal() for part in _names(text)):
+        raise ConfigError(f"{flag} {text!r} must be whole numbers, separated by commas, such as 576,2880.")
+    return [int(part) for part in _names(text)]
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends with its message on stderr and exit code 1."""
     try:
