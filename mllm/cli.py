@@ -265,45 +265,6 @@ def train_command(
         typer.echo(folder)
 
 
-@app.command("bench")
-def bench_command(
-    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")],
-    arch: Annotated[list[str] | None, typer.Option(help="Shape of the decoder; repeatable.")] = None,
-    visual_tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens of a prompt; repeatable.")] = None,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at a time; repeatable.")] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="What to measure; repeatable, everything without.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds a setting.")] = 7,
-    seconds: Annotated[float, typer.Option(help="Sizes that are expected to take longer are left out.")] = 300.0,
-    layers: Annotated[int | None, typer.Option(help="Decoder layers at most.")] = None,
-    attn: Annotated[str, typer.Option(help="Attention backend: sdpa or eager.")] = "sdpa",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
-) -> None:
-    """Time techniques at real shapes with random weights, beside the plain model and a bare loop over its layers.
-
-    Example: mllm bench --arch llava-onevision-0.5b --visual-tokens 2880 --layers 8 --out runs/bench
-    """
-    from mllm.eval.bench import SETTINGS, run_bench, table
-
-    rows = run_bench(
-        out,
-        arch or ["llava-onevision-0.5b"],
-        visual_tokens=visual_tokens or [576, 2880],
-        batches=batch_size or [1],
-        text_tokens=text_tokens,
-        settings=setting or tuple(SETTINGS),
-        rounds=rounds,
-        seconds=seconds,
-        layers=layers,
-        attn=attn,
-        dtype=dtype,
-        device=device,
-    )
-    typer.echo(table(rows), nl=False)
-    typer.echo(f"json: {out / 'bench.json'}\nmarkdown: {out / 'bench.md'}\npng: {out / 'bench.png'}")
-
-
 @app.command("demo")
 def demo_command(
     model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
@@ -406,6 +367,63 @@ def analyze(
     typer.echo(json.dumps(summary) if as_json else describe(summary))
     for name in ("md", "png", "json"):
         typer.echo(out / f"analysis.{name}", err=True)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, .md and .png; other rows in it stay.")],
+    arch: Annotated[str, typer.Option(help="Shapes, separated by commas: llava-1.5-7b, ... (see mllm cost).")],
+    visual_tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "576,2880,10000",
+    text_tokens: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    settings: Annotated[str, typer.Option(help="'all', or names such as neutral,exit_half.")] = "all",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of plain model, technique and oracle.")] = 7,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers at most; all that fit without.")] = None,
+    seconds: Annotated[float, typer.Option(help="Leave a size out that is expected to take longer.")] = 300.0,
+    attn: Annotated[str, typer.Option(help="Attention backend: sdpa or eager.")] = "sdpa",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time techniques at real shapes with random weights: against the plain model, the FLOPs, and a hand-written loop.
+
+    Example: mllm bench --arch llava-onevision-0.5b --visual-tokens 576 --batch 1 --settings exit_half --out runs/bench
+    """
+    from mllm.eval.bench import SETTINGS, run_bench
+    from mllm.eval.bench_report import table
+
+    rows = run_bench(
+        out,
+        _names(arch),
+        _numbers(visual_tokens, "--visual-tokens"),
+        _numbers(batch, "--batch"),
+        text_tokens,
+        list(SETTINGS) if settings == "all" else _names(settings),
+        rounds,
+        seconds,
+        layers,
+        attn,
+        dtype,
+        device,
+    )
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+    else:
+        typer.echo(table(rows))
+    for name in ("json", "md", "png"):
+        typer.echo(out / f"bench.{name}", err=True)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    if not all(part.isdecimal() for part in _names(text)):
+        raise ConfigError(f"{flag} {text!r} must be whole numbers, separated by commas, such as 576,2880.")
+    return [int(part) for part in _names(text)]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mllm.cost import ModelSpec
-from mllm.eval.bench import _CHAT, SETTINGS, build_model, prompt
+from mllm.eval.bench_model import SETTINGS, build_model, chat_tokenizer, make_prompt, prepare
 
 SPEC = ModelSpec(4, 32, 64, 4, 2, 8)
 TEXT = 64
@@ -17,7 +17,7 @@ TEXT = 64
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return build_model(SPEC, 4, "sdpa", torch.float32, torch.device("cpu"))
+    return build_model("llava-1.5-7b", SPEC, 4, "sdpa", torch.float32, torch.device("cpu"))
 
 
 class Largest(TorchDispatchMode):
@@ -43,9 +43,9 @@ class Largest(TorchDispatchMode):
 def test_the_largest_tensor_grows_with_the_length(model, name, batch):
     setting, found = SETTINGS[name], []
     for visual in (960, 1984):
-        inputs = prompt(model, visual, TEXT, batch, setting.pages)
-        with setting.stack(4)(model, _CHAT), Largest() as seen:
-            model.model(**inputs, use_cache=True)
+        prompt = make_prompt(model, visual, TEXT, batch, setting.pages)
+        with prepare(setting, model, prompt.length)(model, chat_tokenizer()), Largest() as seen:
+            model.model(**prompt.inputs())
         found.append((seen.size, seen.function))
     assert found[1][0] <= 2.1 * found[0][0], found
 
@@ -53,8 +53,8 @@ def test_the_largest_tensor_grows_with_the_length(model, name, batch):
 @torch.inference_mode()
 def test_what_would_grow_is_seen(model):
     """The counter is no decoration: eager attention makes scores of heads x length x length."""
-    eager = build_model(SPEC, 4, "eager", torch.float32, torch.device("cpu"))
-    inputs = prompt(eager, 960, TEXT, 1)
+    eager = build_model("llava-1.5-7b", SPEC, 4, "eager", torch.float32, torch.device("cpu"))
+    prompt = make_prompt(eager, 960, TEXT, 1)
     with Largest() as seen:
-        eager.model(**inputs, use_cache=True)
+        eager.model(**prompt.inputs())
     assert seen.size >= SPEC.heads * 1024 * 1024
