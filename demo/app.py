@@ -38,7 +38,7 @@ from mllm.errors import ConfigError, InputError, MllmError
 log = logging.getLogger("mllm.demo")
 
 #: what is switched on when the page opens
-FIRST = ({"technique": "DyVTE", "exit_layer": 0.5},)
+FIRST = ({"technique": "DyVTE", "exit_layer": 0.75},)
 _NO_TECHNIQUE = "No technique is switched on: this column would repeat the full model."
 _PROGRESS = gr.Progress()
 _MODEL = "model"  # the concurrency group of everything that takes the model for an answer
@@ -516,9 +516,9 @@ class Demo:
             with gr.Row():
                 with gr.Column(scale=7, min_width=320):
                     self._chat()
+                    self._pictures()
                 with gr.Column(scale=3, min_width=300):
                     self._settings()
-            self._pictures()
             self._evaluation()
             self._wire(blocks)
         blocks.queue(max_size=self.limits.queue, default_concurrency_limit=8)
@@ -528,9 +528,14 @@ class Demo:
         spec = self.backend.spec
         dtype = str(self.backend.model.dtype).removeprefix("torch.")
         facts = f"{self.backend.name}, {spec.layers} layers, {self.backend.model.device.type}, {dtype}"
+        small = (
+            " It is small: it names drawn shapes, and is often wrong about anything else."
+            if self.backend.name == "default"
+            else ""
+        )
         gr.HTML(
             "<h1>One question, two answers</h1><p>Ask about a picture or a PDF. The full model answers first, then the "
-            f"same model with the techniques you switch on. <small>Model: {html.escape(facts)}</small></p>",
+            f"same model with the techniques you switch on. <small>Model: {html.escape(facts)}.{small}</small></p>",
             elem_id="head",
         )
 
