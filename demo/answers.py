@@ -214,17 +214,21 @@ class Backend:
         )
         thread.start()
         ids: list[int] = []
-        yield answer
-        while (item := news.get()) is not None:
-            ids += item[1]
-            while not news.empty():  # a slow reader catches up at once
-                later = news.get()
-                if later is None:
-                    news.put(None)
-                    break
-                ids += later[1]
-            answer.text = self._decode(ids)
+        try:
             yield answer
+            while (item := news.get()) is not None:
+                ids += item[1]
+                while not news.empty():  # a slow reader catches up at once
+                    later = news.get()
+                    if later is None:
+                        news.put(None)
+                        break
+                    ids += later[1]
+                answer.text = self._decode(ids)
+                yield answer
+        except GeneratorExit:  # nobody listens any more: others are waiting for the model
+            stop.set()
+            raise
         thread.join()
         yield answer
 

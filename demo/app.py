@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 
@@ -32,13 +32,13 @@ from mllm.demo.pictures import (
 from mllm.demo.recording import Inside
 from mllm.demo.sessions import Chat, Exchange, Session, Sessions
 from mllm.demo.settings import Argument, Panel, label, summary, to_yaml
-from mllm.demo.uploads import SUFFIXES, Picture, read_upload
+from mllm.demo.uploads import SUFFIXES, Picture, read_upload, tidy_uploads
 from mllm.errors import ConfigError, InputError, MllmError
 
 log = logging.getLogger("mllm.demo")
 
 #: what is switched on when the page opens
-FIRST = ({"technique": "DyVTE", "exit_layer": 0.5},)
+FIRST = ({"technique": "DyVTE", "exit_layer": 0.75},)
 _NO_TECHNIQUE = "No technique is switched on: this column would repeat the full model."
 _PROGRESS = gr.Progress()
 _MODEL = "model"  # the concurrency group of everything that takes the model for an answer
@@ -103,6 +103,8 @@ class Demo:
         folder: for uploads and what is shown; removed with the server.
     """
 
+    TIDY_SECONDS: ClassVar[float] = 10.0
+
     def __init__(self, backend: Backend, weights: Iterable[str | Path] = (), folder: str | Path | None = None) -> None:
         self.backend = backend
         self.limits = backend.limits
@@ -114,12 +116,23 @@ class Demo:
         self._before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "files")  # read at every upload; one demo a process
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        self._closed = threading.Event()
         self.blocks = self._build()
+        threading.Thread(target=self._tidy, daemon=True, name="tidy").start()
+
+    def _tidy(self) -> None:
+        """Forget old chats and uploads, also while nobody calls."""
+        while not self._closed.wait(self.TIDY_SECONDS):
+            try:
+                self.sessions.tidy()
+                tidy_uploads(self.folder / "files", self.limits)
+            except Exception:
+                log.exception("Old chats or uploads could not be removed; trying again.")
 
     def close(self) -> None:
         """Stop the server and remove its files."""
-        for name in list(self.sessions._sessions):
-            self.sessions.drop(name)
+        self._closed.set()
+        self.sessions.clear()
         self.blocks.close(verbose=False)
         if self._before is None:
             os.environ.pop("GRADIO_TEMP_DIR", None)
@@ -147,7 +160,7 @@ class Demo:
         except Exception as error:
             log.exception("An upload failed.")
             return {self.notice: notice(f"The upload failed ({type(error).__name__}). The log says more.", bad=True)}
-        chat.stop.clear()
+        self.sessions.tidy(request.session_hash)
         waiting = {self.notice: notice("In the queue…"), self.box: {"text": "", "files": []}}
         return {**waiting, **self._columns(chat), **self._buttons(True)}
 
@@ -193,18 +206,20 @@ class Demo:
             stack = self.panel.stack(entries, self.backend.spec)
         except MllmError as error:
             problem = str(error)
-        for answer in self.backend.answer(chat.before("full"), Stack(), new_tokens, chat.stop):
-            turn.full = answer
-            yield turn
-        if problem is not None:
-            turn.other = Answer(state="failed", error=problem, settings=label(entries))
-        elif not stack.techniques:
-            turn.note = _NO_TECHNIQUE
-        else:
-            for answer in self.backend.answer(chat.before("other"), stack, new_tokens, chat.stop, label(entries)):
-                turn.other = answer
+        try:
+            for answer in self.backend.answer(chat.before("full"), Stack(), new_tokens, turn.stop):
+                turn.full = answer
                 yield turn
-        turn.ended = True
+            if problem is not None:
+                turn.other = Answer(state="failed", error=problem, settings=label(entries))
+            elif not stack.techniques:
+                turn.note = _NO_TECHNIQUE
+            else:
+                for answer in self.backend.answer(chat.before("other"), stack, new_tokens, turn.stop, label(entries)):
+                    turn.other = answer
+                    yield turn
+        finally:  # also where the caller went away: the chat can go on
+            turn.ended = True
         for earlier in chat.turns:  # only the last turn is looked into
             for answer in (earlier.full, earlier.other):
                 if earlier is not turn and answer is not None:
@@ -213,7 +228,7 @@ class Demo:
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being written, after its next token."""
-        self.sessions.get(request.session_hash).chat.stop.set()
+        self.sessions.get(request.session_hash).chat.stop()
 
     def retry(self, request: gr.Request) -> dict[Any, Any]:
         """Forget the last answers, so that the last question is asked again with the settings as they are now."""
@@ -224,13 +239,20 @@ class Demo:
         if self._running(last):
             return {self.notice: notice("The last question is still being answered. Press Stop first.", bad=True)}
         chat.turns[-1] = Exchange(last.question, last.pictures)
-        chat.stop.clear()
         return {self.notice: notice("In the queue…"), **self._columns(chat), **self._buttons(True)}
+
+    def refused(self, request: gr.Request) -> dict[Any, Any]:
+        """The server did not begin an answer, or could not end it."""
+        chat = self.sessions.get(request.session_hash).chat
+        if chat.turns and self._running(chat.turns[-1]):  # another call of this tab is at it
+            return {self.notice: gr.skip()}
+        told = "The answer could not be written: too many people are waiting. Press Retry in a moment."
+        return {self.notice: notice(told, bad=True), **self._columns(chat), **self._buttons(False)}
 
     def clear(self, request: gr.Request) -> dict[Any, Any]:
         """Forget the chat and its pictures."""
         session = self.sessions.get(request.session_hash)
-        session.chat.stop.set()
+        session.chat.stop()
         session.chat = Chat()
         return {self.notice: "", **self._columns(session.chat), **self._buttons(False), **self._look_inside(session)}
 
@@ -425,14 +447,14 @@ class Demo:
         try:
             entries = self._api_entries(techniques)
             if new_chat:
-                session.chat.stop.set()
+                session.chat.stop()
                 session.chat = Chat()
             chat = session.chat
             if chat.turns and not chat.turns[-1].ended:
                 raise InputError("The last question is still being answered.")
             text = self.backend.check_question(str(question))
             chat.add(text, self._read_files([self._uploaded(file) for file in files or []]), self.limits)
-            chat.stop.clear()
+            self.sessions.tidy(request.session_hash)
             turn = chat.turns[-1]
             for _ in self.converse(chat, turn, entries, int(max_new_tokens)):
                 yield self._api_turn(turn)
@@ -489,17 +511,14 @@ class Demo:
     # --- the page ----------------------------------------------------------------------------------------------------
 
     def _build(self) -> gr.Blocks:
-        keep = 600  # seconds that uploads and shown pictures lie in the server's folder
-        with gr.Blocks(
-            title="mllm-efficiency", analytics_enabled=False, fill_width=True, delete_cache=(60, keep)
-        ) as blocks:
+        with gr.Blocks(title="mllm-efficiency", analytics_enabled=False, fill_width=True) as blocks:
             self._head()
             with gr.Row():
                 with gr.Column(scale=7, min_width=320):
                     self._chat()
+                    self._pictures()
                 with gr.Column(scale=3, min_width=300):
                     self._settings()
-            self._pictures()
             self._evaluation()
             self._wire(blocks)
         blocks.queue(max_size=self.limits.queue, default_concurrency_limit=8)
@@ -509,9 +528,14 @@ class Demo:
         spec = self.backend.spec
         dtype = str(self.backend.model.dtype).removeprefix("torch.")
         facts = f"{self.backend.name}, {spec.layers} layers, {self.backend.model.device.type}, {dtype}"
+        small = (
+            " It is small: it names drawn shapes, and is often wrong about anything else."
+            if self.backend.name == "default"
+            else ""
+        )
         gr.HTML(
             "<h1>One question, two answers</h1><p>Ask about a picture or a PDF. The full model answers first, then the "
-            f"same model with the techniques you switch on. <small>Model: {html.escape(facts)}</small></p>",
+            f"same model with the techniques you switch on. <small>Model: {html.escape(facts)}.{small}</small></p>",
             elem_id="head",
         )
 
@@ -538,7 +562,7 @@ class Demo:
             file_types=list(SUFFIXES),
             sources=["upload"],
             elem_id="box",
-            max_plain_text_length=self.limits.question,
+            max_plain_text_length=1_000_000,  # a longer text would become a file; the question's limit is told instead
             submit_btn=True,
             autofocus=False,
         )
@@ -639,9 +663,10 @@ class Demo:
             "api_visibility": "private",
         }
         taken = self.box.submit(self.receive, self.box, [self.box, *columns], **hidden)
-        taken.then(**answering)
         again = self.retry_button.click(self.retry, None, columns, **hidden)
-        again.then(**answering)
+        for begun in (taken, again):
+            answered = begun.success(**answering)
+            answered.failure(self.refused, None, columns, queue=False, **hidden)  # such as by a full queue
         self.stop_button.click(self.stop, None, None, queue=False, **hidden)
         gr.on(
             [self.clear_button.click, self.full.clear, self.other.clear],

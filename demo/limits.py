@@ -23,6 +23,9 @@ class Limits:
         pdf_memory: bytes that the process which renders a PDF may use.
         sessions: visitors whose chats are kept; the one that was idle longest goes first.
         idle_seconds: after this time without a call a chat is forgotten.
+        memory: bytes that the pictures of all chats may take together; then the chats that were idle longest go.
+        upload_seconds: time after which an upload is removed from the disk; the chat has its picture by then.
+        upload_bytes: of all uploads on the disk together; then the oldest go.
         queue: requests that may wait.
         evaluation: samples of one evaluation.
         points: evaluations that one visitor's plot holds.
@@ -41,6 +44,9 @@ class Limits:
     pdf_memory: int = 2 << 30
     sessions: int = 100
     idle_seconds: float = 3600.0
+    memory: int = 2 << 30
+    upload_seconds: float = 600.0
+    upload_bytes: int = 2 << 30
     queue: int = 64
     evaluation: int = 40
     points: int = 20

@@ -41,6 +41,8 @@ CSS = """
 :root { --mllm-kept: #047857; --mllm-passive: #d97706; --mllm-exit: #b91c1c; --mllm-grid: #d4d4d8; }
 .dark { --mllm-kept: #34d399; --mllm-passive: #fbbf24; --mllm-exit: #fca5a5; --mllm-grid: #3f3f46; }
 .gradio-container { max-width: 1500px !important; margin: 0 auto; }
+.html-container { padding: 0 !important; }
+footer .divider { display: none; }
 #head h1 { margin: 0 0 4px; font-size: 1.5rem; }
 #head p { margin: 0; opacity: .85; }
 #full, #other { height: 420px !important; }
@@ -61,7 +63,7 @@ CSS = """
 .mllm-costs { font-size: .78rem; opacity: .8; margin-top: 6px; display: block; }
 .mllm-error { color: var(--mllm-exit); }
 .mllm-notice { padding: 9px 12px; border-radius: 6px; border-left: 4px solid var(--mllm-kept);
-  background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+  background: var(--block-background-fill); overflow-wrap: anywhere; }
 .mllm-notice.bad { border-left-color: var(--mllm-exit); }
 .mllm-chart { width: 100%; max-width: 520px; height: auto; display: block; color: var(--body-text-color); }
 .mllm-chart text { fill: currentColor; font-size: 12px; opacity: .8; }
@@ -91,8 +93,10 @@ CSS = """
 .mllm-router .picture { border: 1px dashed var(--mllm-grid); border-radius: 3px; padding: 0 6px; margin: 0 3px; }
 #examples button { min-width: 0; }
 @media (max-width: 640px) {
-  #full, #other { height: 240px !important; min-height: 240px !important; }
+  #full, #other { height: 300px !important; min-height: 240px !important; }
   .mllm-thumbs img { height: 44px; }
-  #head h1 { font-size: 1.25rem; }
+  .html-container { padding: 0 !important; }
+footer .divider { display: none; }
+#head h1 { font-size: 1.25rem; }
 }
 """

@@ -24,6 +24,7 @@ class Exchange:
         note: what the second column says where no technique is on.
         ended: both answers are complete.
         thumbnails: the pictures as HTML, made once.
+        stop: ends its answers early; each question has its own, so that an old answer cannot end a new one.
     """
 
     question: str
@@ -34,6 +35,12 @@ class Exchange:
     note: str = ""
     ended: bool = False
     thumbnails: str = ""
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its pictures in memory, about."""
+        return sum(3 * picture.image.width * picture.image.height for picture in self.pictures)
 
 
 @dataclass
@@ -41,7 +48,16 @@ class Chat:
     """The turns of one conversation; clearing makes a new one, so that an answer still being written has its own."""
 
     turns: list[Exchange] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """End whatever is still being written."""
+        for turn in self.turns:
+            turn.stop.set()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its pictures in memory, about."""
+        return sum(turn.size for turn in self.turns)
 
     def add(self, question: str, pictures: Sequence[Picture], limits: Limits) -> None:
         """Append a question.
@@ -80,12 +96,12 @@ class Session:
 
     def end(self) -> None:
         """Stop whatever is still being written for it."""
-        self.chat.stop.set()
+        self.chat.stop()
         self.stop_evaluation.set()
 
 
 class Sessions:
-    """Sessions by the random name that Gradio gives each tab; bounded in number and in idle time."""
+    """Sessions by the random name that Gradio gives each tab; bounded in number, idle time and memory of pictures."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -97,19 +113,37 @@ class Sessions:
 
     def get(self, name: str) -> Session:
         """The session of that name, made where there is none."""
-        now = time.monotonic()
         with self._lock:
             session = self._sessions.setdefault(name, Session())
-            session.used = now
-            idle = [n for n, s in self._sessions.items() if now - s.used > self.limits.idle_seconds]
-            over = len(self._sessions) - len(idle) - self.limits.sessions
-            if over > 0:
-                rest = sorted((s.used, n) for n, s in self._sessions.items() if n not in idle and n != name)
-                idle += [n for _, n in rest[:over]]
-            gone = [self._sessions.pop(n) for n in idle]
-        for old in gone:
-            old.end()
+            session.used = time.monotonic()
+        self.tidy(name)
         return session
+
+    def tidy(self, name: str | None = None) -> None:
+        """Forget chats that were idle too long; while there are too many, or their pictures take too much memory, also
+        those that were idle longest.
+
+        Args:
+            name: a session that stays.
+        """
+        now = time.monotonic()
+        with self._lock:
+            gone: list[Session] = []
+            held = sum(session.chat.size for session in self._sessions.values())
+            for old in sorted(self._sessions, key=lambda old: self._sessions[old].used):
+                session = self._sessions[old]
+                idle = now - session.used > self.limits.idle_seconds
+                full = len(self._sessions) > self.limits.sessions or held > self.limits.memory
+                if old != name and (idle or full):
+                    held -= session.chat.size
+                    gone.append(self._sessions.pop(old))
+        for session in gone:
+            session.end()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        for name in list(self._sessions):
+            self.drop(name)
 
     def drop(self, name: str) -> None:
         """Forget a session, and stop what is being written for it."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ from mllm.inputs import open_image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 #: for the file dialog; what counts is the content
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".pdf")
+_DRAWING = threading.Semaphore(2)  # PDFs at the same time: each may use as much memory as the limits say
 _ALLOWED = "Pictures (PNG, JPEG, WebP, GIF, BMP) and PDFs can be read."
 #: how files begin that people confuse with pictures
 _KNOWN = {
@@ -42,6 +47,34 @@ class Picture:
     image: Image.Image
     name: str
     page: int | None = None
+
+
+def tidy_uploads(folder: Path, limits: Limits, now: float | None = None) -> None:
+    """Remove uploads that are old; while the others take too much of the disk, the oldest first.
+
+    Args:
+        folder: where the server keeps them, one folder each.
+        limits: ``upload_seconds``, ``upload_bytes``, and ``idle_seconds`` for configs that the page offers to save.
+        now: seconds since the epoch, for tests.
+    """
+    now = time.time() if now is None else now
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            status = path.lstat()
+        except OSError:  # somebody else removed it
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append((status.st_ctime, status.st_size, path))
+    held = sum(size for _, size, _ in found)
+    for changed, size, path in sorted(found):
+        most = limits.idle_seconds if path.suffix == ".yaml" else limits.upload_seconds
+        if now - changed > most or held > limits.upload_bytes:
+            path.unlink(missing_ok=True)
+            held -= size
+            if path.parent != folder:
+                with contextlib.suppress(OSError):  # another file is in it
+                    path.parent.rmdir()
 
 
 def read_upload(path: str | Path, limits: Limits) -> list[Picture]:
@@ -106,7 +139,7 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
 
 
 def _read_pdf(path: Path, limits: Limits) -> list[Picture]:
-    with tempfile.TemporaryDirectory(prefix="mllm-pdf-") as folder:
+    with _DRAWING, tempfile.TemporaryDirectory(prefix="mllm-pdf-") as folder:
         bounds = (limits.pages, limits.side, math.ceil(limits.pdf_seconds), limits.pdf_memory)
         command = [sys.executable, "-m", "mllm.demo.pdf_pages", str(path), folder, *map(str, bounds)]
         try:

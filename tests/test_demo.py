@@ -33,7 +33,7 @@ from mllm.demo.limits import Limits
 from mllm.demo.pictures import page_gallery, router_weights, tokens_over_pictures, told_per_layer
 from mllm.demo.sessions import Chat, Sessions
 from mllm.demo.settings import Panel, arguments, label, to_yaml
-from mllm.demo.uploads import Picture, read_upload
+from mllm.demo.uploads import Picture, read_upload, tidy_uploads
 from mllm.errors import ConfigError, ConflictError, InputError
 from mllm.inputs import chat_inputs
 from mllm.technique import load_all
@@ -139,6 +139,24 @@ def test_a_pdf_that_takes_too_much_ends_its_own_process_only(tmp_path):
         read_upload(tmp_path / "a.pdf", Limits(pdf_memory=30_000_000))
     with pytest.raises(InputError, match="longer than"):
         read_upload(tmp_path / "a.pdf", Limits(pdf_seconds=0.001))
+
+
+def test_old_uploads_go_and_their_folder_is_bounded(tmp_path):
+    limits = Limits(upload_seconds=100, upload_bytes=2500, idle_seconds=1000)
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.png").write_bytes(bytes(1000))
+        time.sleep(0.02)  # so that one is the oldest
+    (tmp_path / "half").write_bytes(b"")  # an upload that is coming in
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "techniques.yaml").write_text("techniques: []")
+    tidy_uploads(tmp_path, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "c", "half"]
+    tidy_uploads(tmp_path, limits, time.time() + 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]  # what the page offers to save stays with the tab
+    tidy_uploads(tmp_path, limits, time.time() + 2000)
+    assert list(tmp_path.iterdir()) == []
+    tidy_uploads(tmp_path / "gone", limits)
 
 
 def test_examples_can_be_read(tmp_path):
@@ -455,10 +473,11 @@ def test_text_in_charts_is_escaped():
 def test_sessions_are_bounded_and_forgotten():
     sessions = Sessions(Limits(sessions=3))
     first = sessions.get("a")
+    first.chat.add("?", [picture()], LIMITS)
     for name in "bcd":
         sessions.get(name)
     assert len(sessions) == 3
-    assert first.chat.stop.is_set()  # whatever was written for it ends
+    assert first.chat.turns[0].stop.is_set()  # whatever was written for it ends
     assert sessions.get("d") is sessions.get("d")
     sessions.get("d").used -= 10_000
     sessions.get("e")
@@ -466,6 +485,22 @@ def test_sessions_are_bounded_and_forgotten():
     assert set(sessions._sessions) == {"b", "c", "e"} or len(sessions._sessions) == 3
     sessions.drop("e")
     assert "e" not in sessions._sessions
+
+
+def test_the_pictures_of_all_chats_are_bounded():
+    one = picture(0, (100, 100))
+    sessions = Sessions(Limits(memory=100_000))
+    for name in "abcd":
+        sessions.get(name).chat.add("?", [one], LIMITS)
+        sessions.tidy(name)
+    assert set(sessions._sessions) == {"b", "c", "d"}  # 30,000 bytes each
+    sessions.get("b")
+    sessions.get("e").chat.add("?", [one] * 4, LIMITS)
+    sessions.tidy("e")
+    assert set(sessions._sessions) == {"e"}  # the one that asks stays
+    sessions.get("e").used -= 10_000
+    sessions.tidy()  # as the server does by itself
+    assert len(sessions) == 0
 
 
 def test_a_chat_is_bounded():
@@ -561,6 +596,32 @@ def test_an_answer_of_a_cleared_chat_does_not_come_back(demo):
     demo.clear(visitor("five"))
     assert list(updates) == []
     assert messages(demo.sessions.get("five").chat, "full") == []
+
+
+def test_an_answer_that_nobody_waits_for_ends(demo):
+    demo.receive({"text": "what?", "files": []}, visitor("away"))
+    updates = demo.answer(visitor("away"), 16, *demo.panel.values(FIRST))
+    next(updates)
+    next(updates)
+    turn = demo.sessions.get("away").chat.turns[-1]
+    updates.close()  # as Gradio does when the connection is gone
+    assert turn.stop.is_set()
+    assert turn.ended
+    # the next question is not stopped by it, and the chat goes on
+    _, updates = ask(demo, "away", "why?")
+    assert demo.sessions.get("away").chat.turns[-1].full.state == "done"
+    assert turn.full.state == "stopped"
+
+
+def test_an_answer_that_the_server_refuses_can_be_asked_again(demo):
+    demo.receive({"text": "what?", "files": []}, visitor("full"))
+    told = demo.refused(visitor("full"))
+    assert "Press Retry" in told[demo.notice]
+    assert told[demo.retry_button].interactive
+    assert not told[demo.stop_button].interactive
+    demo.retry(visitor("full"))
+    *_, last = demo.answer(visitor("full"), 4, *demo.panel.values(FIRST))
+    assert "mllm-costs" in last[demo.other][-1]["content"]
 
 
 def test_a_closed_tab_is_forgotten(demo):

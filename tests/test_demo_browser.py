@@ -112,7 +112,7 @@ def test_a_visit(page, tmp_path):
     page.until("#other .mllm-costs")
     page.until_text("#saving", "less arithmetic in the decoder")
     chart = page.until("#chart svg")
-    assert "exit after layer 2" in chart.text
+    assert "exit after layer 4" in chart.text
     assert chart.get_attribute("aria-label").startswith("Visual tokens alive in each layer: ")
     page.until("#tokens img")
     assert len(page.find("#full img")) == 1
