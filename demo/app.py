@@ -606,7 +606,12 @@ class Demo:
         with gr.Accordion("Config as YAML, for mllm eval", open=False):
             self.code = gr.Code(first, language="yaml", show_label=False, interactive=False, elem_id="yaml")
         self.new_tokens = gr.Slider(
-            4, self.limits.new_tokens, value=min(48, self.limits.new_tokens), step=4, label="Longest answer, in tokens"
+            4,
+            self.limits.new_tokens,
+            value=min(48, self.limits.new_tokens),
+            step=4,
+            label="Longest answer, in tokens",
+            elem_id="answer-length",
         )
 
     def _pictures(self) -> None:

@@ -83,6 +83,8 @@ def bad_files(folder) -> dict[str, str]:
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("no picture at all")
     tiny_image().save(folder / "whole.png")
+    tiny_image(0, (640, 480)).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-2000])
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:-60])
     with zipfile.ZipFile(folder / "archive.png", "w") as archive:
         archive.writestr("zeros", bytes(1_000_000))
@@ -91,18 +93,21 @@ def bad_files(folder) -> dict[str, str]:
     (folder / "large.png").write_bytes(bytes(2_000_001))
     (folder / "broken.pdf").write_bytes(b"%PDF-1.7\nnothing follows")
     write_pdf(folder / "long.pdf", 4)
+    write_pdf(folder / "book.pdf", 200)
     return {
         "bomb.png": "far too many pixels; at most 1 million",
         "wide.png": "3,000 x 3,000 pixels; at most 1 million",
         "empty.png": "is empty",
         "text.png": "is not a picture",
         "cut.png": "damaged or cut short",
+        "cut.jpg": "damaged or cut short",
         "archive.png": "ZIP archive",
         "drawing.png": "SVG drawing",
         "script.png": "is not a picture",
         "large.png": "at most 2 MB",
         "broken.pdf": "is damaged or no PDF",
         "long.pdf": "has 4 pages; at most 3",
+        "book.pdf": "has 200 pages; at most 3",
         "gone.png": "Upload it again",
     }
 
@@ -119,6 +124,10 @@ def test_pictures_and_pages_are_read(tmp_path):
     tiny_image(0, (300, 100)).save(tmp_path / "a.png")
     (read,) = read_upload(tmp_path / "a.png", Limits(side=150))
     assert read.image.size == (150, 50)
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:])
+    (first,) = read_upload(tmp_path / "c.gif", LIMITS)
+    assert first.image.getpixel((0, 0)) == (255, 0, 0)  # of an animation, the first frame
     write_pdf(tmp_path / "b.pdf", 3)
     pages = read_upload(tmp_path / "b.pdf", LIMITS)
     assert [(page.name, page.page) for page in pages] == [("b.pdf", 1), ("b.pdf", 2), ("b.pdf", 3)]

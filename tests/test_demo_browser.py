@@ -38,10 +38,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def address():
+def demo():
     demo = Demo(Backend(tiny_model("llava", fresh=True), tiny_processor("llava"), "tiny", Limits(pages=3)))
-    yield demo.launch()
+    demo.address = demo.launch()
+    yield demo
     demo.close()
+
+
+@pytest.fixture(scope="module")
+def address(demo):
+    return demo.address
 
 
 class Page:
@@ -71,6 +77,13 @@ class Page:
 
     def until_text(self, selector: str, text: str) -> None:
         self.wait.until(lambda _: any(text in e.text for e in self.find(selector)), f"no {text!r} in {selector}")
+
+    def set_number(self, selector: str, value: int) -> None:
+        """Type a number beside a slider."""
+        number = self.until(f"{selector} input[type=number]")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", number)
+        number.clear()
+        number.send_keys(f"{value}\t")
 
     def ask(self, text: str, file) -> None:
         if file is not None:
@@ -163,6 +176,56 @@ def test_dark_mode_is_readable(page, address):
     )
     for selector, front, back in colours:
         assert contrast(front, back) >= 4.5, (selector, front, back)
+
+
+def test_two_tabs_one_is_stopped_and_closed_while_it_is_answered(page, demo):
+    """Each tab has its own chat and settings; a tab that goes away lets the other one go on."""
+    driver = page.driver
+    page.until_text("#status", "Ready")
+    before = len(demo.sessions)
+    first = driver.current_window_handle
+    page.set_number("#answer-length", 256)
+    page.ask("tell me more", None)
+    page.until_text("#full [data-testid=bot]", "")  # it writes
+    page.click("#stop")
+    page.until_text("#full", "(stopped)")
+    page.wait.until(lambda _: page.find("#retry")[0].is_enabled())
+
+    driver.switch_to.new_window("tab")
+    driver.get(demo.address)
+    page.until_text("#status", "Ready")
+    assert page.find("#full [data-testid=user]") == []
+    page.click("#on-NAAViT input")
+    page.set_number("#answer-length", 256)
+    page.ask("and this?", None)
+    page.until("#full [data-testid=user]")
+    driver.close()  # while it is answered
+    driver.switch_to.window(first)
+    assert not page.find("#on-NAAViT input")[0].is_selected()
+    page.set_number("#answer-length", 4)
+    page.ask("and now?", None)
+    page.until("#other .mllm-costs")
+    page.wait.until(lambda _: len(demo.sessions) <= before + 1, "the closed tab is still remembered")
+
+
+def test_too_much_is_told(page, tmp_path):
+    """Thirty files, no text and far too much text: a message, and the page goes on."""
+    page.until_text("#status", "Ready")
+    files = [tmp_path / f"{number}.png" for number in range(30)]
+    for number, file in enumerate(files):
+        tiny_image(number, (32, 32)).save(file)
+    page.ask("what are they?", "\n".join(map(str, files)))
+    page.until_text("#notice [role=alert]", "30 files; at most 16 are read")
+    page.driver.refresh()
+    page.until_text("#status", "Ready")
+    page.ask(" ", None)
+    page.until_text("#notice [role=alert]", "Write a question first")
+    page.driver.execute_script(
+        """const box = document.querySelector('#box textarea'); box.value = 'why? '.repeat(4000);
+        box.dispatchEvent(new Event('input', {bubbles: true}));"""
+    )
+    page.click("#box button.submit-button")
+    page.until_text("#notice [role=alert]", "The question has 19,999 characters; at most 2,000 are read")
 
 
 def contrast(front: list[int], back: list[int]) -> float:
