@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import os
@@ -334,15 +335,12 @@ class Demo:
         if not stack.techniques:
             return notice("No technique is switched on.")
         visual = getattr(self.backend.model.config, "image_seq_length", None) or 576
-        try:
-            cost = predict(stack, self.backend.spec, 64, visual)
-        except (MllmError, NotImplementedError, TypeError):  # a technique whose cost depends on the input
-            told = "Ready."
-        else:
-            ratio = round(100 * cost.flops / cost.dense_flops)
-            told = f"Ready. Reading 64 text and {visual} visual tokens takes {ratio} % of the full model's FLOPs."
-            if any(technique.by_input for technique in stack.techniques):
-                told = told.replace("takes", "takes at most")
+        told = "Ready. How much is saved depends on the question and its pictures."
+        if not any(technique.by_input for technique in stack.techniques):
+            with contextlib.suppress(MllmError, NotImplementedError, TypeError):  # no cost from shapes alone
+                cost = predict(stack, self.backend.spec, 64, visual)
+                ratio = round(100 * cost.flops / cost.dense_flops)
+                told = f"Ready. Reading 64 text and {visual} visual tokens takes {ratio} % of the full model's FLOPs."
         if untrained := self.panel.untrained(stack, self.backend.spec):
             told += f" {', '.join(untrained)}: learned parts are untrained, so answers say nothing about the method."
         return notice(told)
@@ -557,7 +555,7 @@ class Demo:
         self.notice = gr.HTML(padding=False, elem_id="notice")
         self.box = gr.MultimodalTextbox(
             show_label=False,
-            placeholder="Add a picture or a PDF and ask about it",
+            placeholder="Ask about a picture or PDF",
             file_count="multiple",
             file_types=list(SUFFIXES),
             sources=["upload"],
@@ -627,7 +625,7 @@ class Demo:
                     self.chart = gr.HTML(padding=False, elem_id="chart")
                     self.told = gr.HTML(visible=False, elem_id="told")
             with gr.Column(visible=False) as self.pages_box:
-                gr.Markdown("#### Pages, ranked by the question")
+                gr.Markdown("#### Pages, and how well each fits the question")
                 self.pages = gr.HTML(padding=False, elem_id="pages")
             with gr.Column(visible=False) as self.router_box:
                 gr.Markdown("#### Router")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from mllm.demo.recording import Inside
 
-_WIDTH, _HEIGHT = 400, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 30, 40
+_WIDTH, _HEIGHT = 400, 232
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 42, 40
 
 
 def _svg(body: Sequence[str], label: str, height: int = _HEIGHT) -> str:
@@ -96,21 +96,9 @@ def tokens_per_layer(inside: Inside) -> str:
             start = layer
     if (leave := inside.exit_layer) is not None:
         x = plot.x(leave + 0.5)
-        plot.body.append(_line(x, _TOP - 2, x, plot.y(0), "exit"))
-        right = leave < layers / 2
-        plot.body.append(
-            _text(
-                x + (6 if right else -6),
-                _TOP + 10,
-                f"exit after layer {leave}",
-                "start" if right else "end",
-                "class='mark'",
-            )
-        )
-        if not right:  # the bars would run behind the words
-            plot.body.insert(
-                -1, f'<rect class="behind" x="{x - 128:.1f}" y="{_TOP - 2}" width="126" height="17" rx="3"/>'
-            )
+        plot.body.append(_line(x, _TOP - 4, x, plot.y(0), "exit"))
+        beside = min(max(x, _LEFT + 62), _WIDTH - _RIGHT - 62)  # half of the words
+        plot.body.append(_text(beside, _TOP - 8, f"exit after layer {leave}", style='class="mark"'))
     chart = _svg(plot.body, f"Visual tokens alive in each layer: {', '.join(spans)}.")
     passive = {policy for policy, count in zip(inside.policies, counts, strict=True) if policy != "full" and count}
     if not passive:

@@ -72,7 +72,6 @@ footer .divider { display: none; }
 .mllm-chart .grid { stroke: var(--mllm-grid); stroke-width: 1; }
 .mllm-chart .kept { fill: var(--mllm-kept); }
 .mllm-chart .passive { fill: var(--mllm-passive); }
-.mllm-chart .behind { fill: var(--block-background-fill); opacity: .9; }
 .mllm-chart .exit { stroke: var(--mllm-exit); stroke-width: 2; stroke-dasharray: 5 4; }
 .mllm-chart .curve, .mllm-chart .front { fill: none; stroke: var(--mllm-kept); stroke-width: 1.6; }
 .mllm-chart .front { stroke-dasharray: 3 3; }
@@ -94,9 +93,10 @@ footer .divider { display: none; }
 #examples button { min-width: 0; }
 @media (max-width: 640px) {
   #full, #other { height: 300px !important; min-height: 240px !important; }
+  /* while nothing is asked, the question box and the examples are on the first screen */
+  #full:has(.placeholder), #other:has(.placeholder) { height: 116px !important; min-height: 116px !important; }
+  #full .placeholder, #other .placeholder { padding-top: 20px; }
   .mllm-thumbs img { height: 44px; }
-  .html-container { padding: 0 !important; }
-footer .divider { display: none; }
-#head h1 { font-size: 1.25rem; }
+  #head h1 { font-size: 1.25rem; }
 }
 """

@@ -57,7 +57,7 @@ def tokens_over_pictures(inside: Inside, layer: int) -> Shown:
     shown: Shown = []
     for number, (picture, block) in enumerate(zip(inside.pictures, inside.blocks, strict=True)):
         alive = inside.alive[layer][block]  # (tokens,)
-        caption = f"{_name(inside, number)}: {int(alive.sum())} of {len(block)} tokens are there"
+        caption = f"{_name(inside, number)}: {int(alive.sum())} of {len(block)} tokens in this layer"
         grid = inside.grids[number]
         if grid is None:
             shown.append((_fit(picture.image), f"{_name(inside, number)}: places not known", ""))
@@ -99,11 +99,7 @@ def layer_words(inside: Inside, layer: int) -> str:
     """What visual tokens do in a layer, in words."""
     count, total = inside.counts[layer], int(inside.visual.sum())
     if not count:
-        return (
-            f"Layer {layer}: no visual tokens; all {total} left before."
-            if total
-            else f"Layer {layer}: no visual tokens."
-        )
+        return f"Layer {layer}: no visual tokens{f'; all {total} left before' if total else ''}."
     policy = inside.policies[layer]
     does = "they run the whole layer" if policy == "full" else f"they do not attend: {policy}"
     dark = " Dark ones left before." if count < total else ""
