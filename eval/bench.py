@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from mllm.cost import ARCHITECTURES, LayerWork, ModelSpec
-from mllm.engine import Handle
 from mllm.errors import ConfigError
-from mllm.eval.bench_model import MIN_TEXT, SETTINGS, build_model, chat_tokenizer, make_prompt, prepare, twin
+from mllm.eval.bench_model import CHAT, MIN_TEXT, PAGES, SETTINGS, build_model, make_prompt, prepare, twin
 from mllm.eval.bench_oracle import Bare
 from mllm.eval.results import environment, write_json
 from mllm.loading import pick_device, pick_dtype
@@ -146,12 +145,22 @@ def _fill(row: Row, times: dict[str, list[float]]) -> None:
     row.realised_over_predicted, row.realised_over_predicted_ci95 = statistics.median(ratios), _interval(ratios)
 
 
-def measure_size(
-    model: nn.Module, arch: str, visual: int, text: int, batch: int, names: Sequence[str], rounds: int, note: str
+def measure(
+    model: nn.Module, plain: nn.Module, name: str, visual: int, text: int, batch: int, rounds: int, start: Row
 ) -> Iterator[Row]:
-    """The named settings at one size, prefill and decode, each as soon as it is measured."""
-    device, layers = model.lm_head.weight.device, model.config.text_config.num_hidden_layers
-    plain = twin(model)
+    """One setting at one size: the prefill, then a decoded token, each as soon as it is measured.
+
+    Args:
+        model: what the technique is attached to.
+        plain: its :func:`~mllm.eval.bench_model.twin`.
+        name: of the setting.
+        visual, text, batch: the prompts.
+        rounds: timed rounds.
+        start: what the rows have in common.
+    """
+    setting, device = SETTINGS[name], model.lm_head.weight.device
+    prompt = make_prompt(model, visual, text, batch, setting.pages)
+    prefill, decode = (replace(start, phase=phase, visual_tokens=prompt.visual) for phase in ("prefill", "decode"))
     token = torch.full((batch, 1), MIN_TEXT, device=device)
     memory = PeakMemory(device)
 
@@ -163,67 +172,52 @@ def measure_size(
         call()
         return memory.read()
 
-    for name in names:
-        setting = SETTINGS[name]
-        prompt = make_prompt(model, visual, text, batch, setting.pages)
-        common = (arch, layers, model.config._attn_implementation, str(model.dtype).removeprefix("torch."), device.type)
-        prefill, decode = (
-            Row(*common, name, phase, prompt.visual, text, batch, note=note) for phase in ("prefill", "decode")
-        )
-        stack = prepare(setting, model, prompt.length)
-        handle = stack.attach(model, chat_tokenizer())
-        bare = Bare(plain, prompt, stack, setting.work, handle.modules)
-        calls = {
-            "plain": lambda prompt=prompt: plain.model(**prompt.inputs()),
-            "technique": lambda prompt=prompt: model.model(**prompt.inputs()),
-            "oracle": bare.prefill,
-            "text": lambda prompt=prompt: plain.model(**prompt.text_inputs()),
+    stack = prepare(setting, model, prompt.length)
+    handle = stack.attach(model, CHAT)
+    bare = Bare(plain, prompt, stack, setting.work, handle.modules)
+    calls = {
+        "plain": lambda: plain.model(**prompt.inputs()),
+        "technique": lambda: model.model(**prompt.inputs()),
+        "oracle": bare.prefill,
+        "text": lambda: plain.model(**prompt.text_inputs()),
+    }
+    try:
+        dense, text_only = calls["plain"]()[CACHE], calls["text"]()[CACHE]  # warm up
+        calls["oracle"]()  # also keeps the picture where it is asked about again
+        calls["technique"]()
+        handle.run.reset()
+        cache = calls["technique"]()[CACHE]
+        report = handle.run.report()
+        prefill.predicted = report.dense_flops / report.flops
+        for row in (prefill, decode):
+            row.kv_bytes, row.dense_kv_bytes = report.kv_bytes, report.dense_kv_bytes
+        prefill.dense_peak_bytes, prefill.peak_bytes = peak(calls["plain"]), peak(calls["technique"])
+        _fill(prefill, _rounds(device, calls, rounds))
+        yield prefill
+        handle.run.reset()
+        step(model, cache)
+        decode.predicted = handle.run.dense_flops / handle.run.flops
+        made, places = bare.prefill(), itertools.count(prompt.length)  # its memories belong to this cache
+        steps = {
+            "plain": lambda: step(plain, dense),
+            "technique": lambda: step(model, cache),
+            "oracle": lambda: bare.step(token, next(places), made),
+            "text": lambda: step(plain, text_only),
         }
-        try:
-            dense = calls["plain"]()[CACHE]
-            made = calls["oracle"]()  # warm up; also keeps the picture where it is asked about again
-            text_only = calls["text"]()[CACHE]
-            calls["technique"]()
-            handle.run.reset()
-            cache = calls["technique"]()[CACHE]
-            report = handle.run.report()
-            prefill.predicted = report.dense_flops / report.flops
-            prefill.kv_bytes = decode.kv_bytes = report.kv_bytes
-            prefill.dense_kv_bytes = decode.dense_kv_bytes = report.dense_kv_bytes
-            decode.predicted = _decode_prediction(handle, model, step, cache)
-            prefill.dense_peak_bytes, prefill.peak_bytes = peak(calls["plain"]), peak(calls["technique"])
-            _fill(prefill, _rounds(device, calls, rounds))
-            yield prefill
-            made = bare.prefill()  # its memories belong to this cache
-            places = itertools.count(prompt.length)
-            steps = {
-                "plain": lambda dense=dense: step(plain, dense),
-                "technique": lambda cache=cache: step(model, cache),
-                "oracle": lambda made=made, bare=bare, places=places: bare.step(token, next(places), made),
-                "text": lambda text_only=text_only: step(plain, text_only),
-            }
-            _rounds(device, steps, 2)
-            _fill(decode, _rounds(device, steps, max(_DECODE_STEPS, rounds)))
-            yield decode
-        finally:
-            handle.detach()
-
-
-def _decode_prediction(handle: Handle, model: nn.Module, step: Callable[..., Any], cache: DynamicCache) -> float:
-    """FLOPs of one further token on the plain model over those that the technique spends on it."""
-    handle.run.reset()
-    step(model, cache)
-    return handle.run.dense_flops / handle.run.flops
+        _rounds(device, steps, 2)
+        _fill(decode, _rounds(device, steps, max(_DECODE_STEPS, rounds)))
+        yield decode
+    finally:
+        handle.detach()
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large matrix product."""
+    """FLOPs per second of a large linear layer."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    a @ a
-    return 2 * 2048**3 / min(_timed(device, lambda: a @ a) for _ in range(3)) * 1e3
+    return 2 * 2048**3 / min(_timed(device, lambda: nn.functional.linear(a, a)) for _ in range(5)) * 1e3
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -261,6 +255,7 @@ def run_bench(
     attn: str = "sdpa",
     dtype: str = "auto",
     device: str = "auto",
+    within: float | None = None,
 ) -> list[Row]:
     """Measure, and write ``bench.json``, ``bench.md`` and ``bench.png`` into ``out``.
 
@@ -273,9 +268,10 @@ def run_bench(
         text_tokens: per prompt.
         settings: names of :data:`mllm.eval.bench_model.SETTINGS`.
         rounds: timed rounds a setting.
-        seconds: a cell whose settings are expected to take longer is left out, and says so.
+        seconds: a setting that is expected to take longer at a size is left out there, and says so.
         layers: decoder layers at most; fewer are used where memory forbids, and the rows say so.
         attn, dtype, device: see :func:`mllm.load`.
+        within: seconds for the whole run; what is not expected to fit into them is left out.
 
     Raises:
         ConfigError: an unknown architecture or setting, a size below 1, or rows of another machine in ``out``.
@@ -289,6 +285,10 @@ def run_bench(
             f"visual_tokens={list(visual_tokens)}, batches={list(batches)}, text_tokens={text_tokens}, "
             f"rounds={rounds}, layers={layers}: at least one of each, 4 layers and {MIN_TEXT} text tokens are needed."
         )
+    if any(SETTINGS[name].pages > min(visual_tokens) for name in settings):
+        raise ConfigError(
+            f"visual_tokens={list(visual_tokens)} do not fill the {PAGES} pages of URaG. Give more, or other settings."
+        )
     out = Path(out)
     target = pick_device(device)
     number = pick_dtype(dtype, target)
@@ -296,7 +296,7 @@ def run_bench(
     speed = _speed(target, number)
     rows: list[Row] = []
     cells = [(arch, batch, visual) for arch in architectures for batch in batches for visual in sorted(visual_tokens)]
-    model, built = None, None
+    model = plain = built = None
 
     def keep(row: Row) -> None:
         row.commit = commit
@@ -307,36 +307,36 @@ def run_bench(
         mine = {row.key for row in rows}
         return [asdict(row) for row in sorted([*(r for r in before if r.key not in mine), *rows], key=lambda r: r.key)]
 
-    commit = environment()["commit"]
+    commit, begin = environment()["commit"], time.monotonic()
     with torch.inference_mode(), tqdm(total=len(cells) * len(settings), desc="bench", file=sys.stderr) as bar:
         for arch, batch, visual in cells:
-            bar.set_postfix_str(f"{arch}, batch {batch}, {visual} visual tokens")
             spec = ARCHITECTURES[arch]
             length = batch * (visual + text_tokens)
             if built is not None and built[0] != arch:
-                model = built = None  # before the free memory is looked at
+                model = plain = built = None  # before the free memory is looked at
             free = _free_bytes(target) + (0 if model is None else sum(p.nbytes for p in model.parameters()))
             use = min(layers or spec.layers, _layers_that_fit(spec, number.itemsize, length, free))
-            common = (arch, use, attn, str(number).removeprefix("torch."), target.type)
-            dense = LayerWork(length, length * (visual + text_tokens)).flops(spec) * max(use, 0)
-            expected = dense / speed * (6 + rounds * 2.5) * len(settings)
-            if use < 4 or expected > seconds:
-                why = (
-                    "not enough memory for 4 layers"
-                    if use < 4
-                    else f"left out: about {expected:.0f} s expected on this machine, more than {seconds:.0f}"
-                )
-                for name in settings:
-                    keep(Row(*common, name, "prefill", visual, text_tokens, batch, note=why))
-                    bar.update()
-                continue
             note = "" if use == spec.layers else f"{use} of {spec.layers} layers"
-            if built != (arch, use):
-                model = None
-                model, built = build_model(arch, spec, use, attn, number, target), (arch, use)
-            for row in measure_size(model, arch, visual, text_tokens, batch, settings, rounds, note):
-                keep(row)  # what stands if it is stopped
-                bar.update(0.5)
+            dense = LayerWork(length, length * (visual + text_tokens)).flops(spec) * max(use, 0)
+            expected = dense / speed * (6 + rounds * 2.5)
+            for name in settings:
+                bar.set_postfix_str(f"{arch}, batch {batch}, {visual} visual tokens, {name}")
+                common = (arch, use, attn, str(number).removeprefix("torch."), target.type, name, "prefill")
+                row = Row(*common, visual, text_tokens, batch, note=note)
+                left = None if within is None else within - (time.monotonic() - begin)
+                if use < 4:
+                    keep(replace(row, note="not enough memory for 4 layers"))
+                elif expected > seconds or (left is not None and expected > left):
+                    most = f"{seconds:.0f}" if expected > seconds else f"the {max(left, 0):.0f} s that are left"
+                    keep(replace(row, note=f"left out: about {expected:.0f} s expected here, more than {most}"))
+                else:
+                    if built != (arch, use):
+                        model = plain = None
+                        model, built = build_model(arch, spec, use, attn, number, target), (arch, use)
+                        plain = twin(model)
+                    for found in measure(model, plain, name, visual, text_tokens, batch, rounds, row):
+                        keep(found)  # what stands if it is stopped
+                bar.update()
     from mllm.eval.bench_report import write_report
 
     write_report(out)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -24,21 +21,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mllm.adapters import LoRRA, ModalityMutualAttention
 from mllm.cost import ModelSpec
 from mllm.errors import ConfigError
+from mllm.roles import ChatFormat
 from mllm.saving import LearnedWeights, fingerprint
 from mllm.technique import Stack, Technique, TrainedTechnique
 from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT, URaG
 
 PAGES, KEPT_PAGES = 20, 5
 MIN_TEXT = PAGES + 4  # a header, a token between pages, a question, the answer's header
-_VOCABULARY = 1000
-_WORDS = ["<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
-_USER, _ASSISTANT, _IMAGE = 3, 4, 5
-_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+_IMAGE, _USER, _ASSISTANT, _FIRST, _VOCABULARY = 5, 6, 7, 10, 1000
+#: how the bench's prompts mark questions and answers; what a processor's chat template would say
+CHAT = ChatFormat(((_USER,),), ((_ASSISTANT,),))
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -83,18 +75,6 @@ def twin(model: nn.Module) -> nn.Module:
     """A second model object on the same weights: it stays plain while techniques are attached to the first."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-@cache
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Knows how the bench's prompts mark questions and answers; techniques read that off its template."""
-    words = {word: number for number, word in enumerate(_WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.add_special_tokens(_WORDS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", chat_template=_TEMPLATE
-    )
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -149,7 +129,7 @@ def make_prompt(model: nn.Module, visual: int, text: int, batch: int, pages: int
     generator = torch.Generator().manual_seed(seed)
     size = visual // pages
     before = (text - (pages - 1)) // 2
-    ids = torch.randint(len(_WORDS), _VOCABULARY, (batch, text + size * pages), generator=generator)  # (B, S)
+    ids = torch.randint(_FIRST, _VOCABULARY, (batch, text + size * pages), generator=generator)  # (B, S)
     spans = tuple((before + n * (size + 1), before + n * (size + 1) + size) for n in range(pages))
     for start, stop in spans:
         ids[:, start:stop] = _IMAGE

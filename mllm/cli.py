@@ -372,14 +372,16 @@ def analyze(
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.json, .md and .png; other rows in it stay.")],
-    arch: Annotated[str, typer.Option(help="Shapes, separated by commas: llava-1.5-7b, ... (see mllm cost).")],
-    visual_tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "576,2880,10000",
+    arch: Annotated[
+        str, typer.Option(help="Shapes, separated by commas: llava-1.5-7b, ... (see mllm cost).")
+    ] = "llava-onevision-0.5b",
+    visual_tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = "576,2880",
     text_tokens: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     settings: Annotated[str, typer.Option(help="'all', or names such as neutral,exit_half.")] = "all",
     rounds: Annotated[int, typer.Option(help="Timed rounds of plain model, technique and oracle.")] = 7,
     layers: Annotated[int | None, typer.Option(help="Decoder layers at most; all that fit without.")] = None,
-    seconds: Annotated[float, typer.Option(help="Leave a size out that is expected to take longer.")] = 300.0,
+    seconds: Annotated[float, typer.Option(help="Leave a setting out where it is expected to take longer.")] = 300.0,
     attn: Annotated[str, typer.Option(help="Attention backend: sdpa or eager.")] = "sdpa",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",

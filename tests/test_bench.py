@@ -13,7 +13,7 @@ from mllm.cli import app
 from mllm.cost import ARCHITECTURES, ModelSpec
 from mllm.errors import ConfigError
 from mllm.eval.bench import read_rows, run_bench
-from mllm.eval.bench_model import SETTINGS, build_model, chat_tokenizer, make_prompt, prepare, twin
+from mllm.eval.bench_model import CHAT, SETTINGS, build_model, make_prompt, prepare, twin
 from mllm.eval.bench_oracle import Bare
 from mllm.versions import CACHE
 
@@ -35,7 +35,7 @@ def test_the_oracle_does_the_same_work(model, name, batch):
     setting = SETTINGS[name]
     prompt, token = make_prompt(model, VISUAL, TEXT, batch, setting.pages), torch.full((batch, 1), 30)
     stack = prepare(setting, model, prompt.length)
-    handle = stack.attach(model, chat_tokenizer())
+    handle = stack.attach(model, CHAT)
     try:
         bare = Bare(twin(model), prompt, stack, setting.work, handle.modules)
         bare.prefill()
@@ -65,23 +65,22 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "lorra"])
 @torch.inference_mode()
-def test_a_decoded_token_costs_nothing_in_the_layers(model, name):
-    """Techniques that act on the prompt dispatch nothing in the layers once an answer is written."""
+def test_a_decoded_token_costs_nothing(model, name):
+    """Techniques that act on the prompt dispatch not one operation more once an answer is written."""
     setting = SETTINGS[name]
     prompt, token = make_prompt(model, VISUAL, TEXT, 1, setting.pages), torch.tensor([[30]])
     stack = prepare(setting, model, prompt.length)
 
     def decode() -> list[str]:
         cache = model.model(**prompt.inputs())[CACHE]
+        model.model(input_ids=token, use_cache=True, **{CACHE: cache})  # the first one may settle something
         with Operations() as counted:
             model.model(input_ids=token, use_cache=True, **{CACHE: cache})
         return counted.found
 
     plain = decode()
-    with stack(model, chat_tokenizer()):
-        found = decode()
-    # once a call: which of its tokens are visual (none) or padding, and which keys a shortened cache holds
-    assert len(found) - len(plain) < 8, sorted(set(found) - set(plain))  # layers
+    with stack(model, CHAT):
+        assert decode() == plain
 
 
 def test_the_command(monkeypatch, tmp_path):
@@ -109,6 +108,7 @@ def test_the_command(monkeypatch, tmp_path):
     [
         ({"architectures": ["gpt"]}, "'gpt' is not one of: llava-1.5-7b"),
         ({"settings": ["magic"]}, "'magic' is not one of: neutral"),
+        ({"visual_tokens": [7]}, "do not fill the 20 pages"),
         ({"rounds": 0}, "at least one of each"),
         ({"text_tokens": 4}, "text tokens are needed"),
     ],
@@ -121,5 +121,7 @@ def test_mistakes(tmp_path, changes, message):
 
 def test_sizes_that_take_too_long_are_left_out_and_say_so(tmp_path):
     (row,) = run_bench(tmp_path, ["llava-1.5-13b"], [10_000], [8], settings=["exit_half"], seconds=0.001)
+    assert row.plain_ms is None
+    (row,) = run_bench(tmp_path, ["llava-1.5-7b"], [10_000], [1], settings=["exit_half"], seconds=1e9, within=0.001)
     assert row.plain_ms is None
     assert "left out: about" in row.note or "not enough memory" in row.note

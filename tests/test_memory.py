@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mllm.cost import ModelSpec
-from mllm.eval.bench_model import SETTINGS, build_model, chat_tokenizer, make_prompt, prepare
+from mllm.eval.bench_model import CHAT, SETTINGS, build_model, make_prompt, prepare
 
 SPEC = ModelSpec(4, 32, 64, 4, 2, 8)
 TEXT = 64
@@ -44,7 +44,7 @@ def test_the_largest_tensor_grows_with_the_length(model, name, batch):
     setting, found = SETTINGS[name], []
     for visual in (960, 1984):
         prompt = make_prompt(model, visual, TEXT, batch, setting.pages)
-        with prepare(setting, model, prompt.length)(model, chat_tokenizer()), Largest() as seen:
+        with prepare(setting, model, prompt.length)(model, CHAT), Largest() as seen:
             model.model(**prompt.inputs())
         found.append((seen.size, seen.function))
     assert found[1][0] <= 2.1 * found[0][0], found
