@@ -1,7 +1,7 @@
 """One run on a GPU: are the techniques right on its attention kernels, and what do they gain at 7B shape?
 
     python scripts/bench_cuda.py --out benchmarks/cuda            # about 8 minutes on one H100-class GPU
-    python scripts/bench_cuda.py --dry-run --out /tmp/cuda        # the same at a toy size, on a CPU too
+    python scripts/bench_cuda.py --dry-run --out runs/cuda        # the same at a toy size, on a CPU too
 
 Needs torch, transformers and this package; builds and downloads nothing. Random weights. Correctness: every setting of
 ``mllm bench``, in float32 and bfloat16, on each kernel that SDPA has here, against eager attention in float32; the
