@@ -336,6 +336,12 @@ class Technique(BaseModel):
         """Numbers per prompt that the technique itself keeps in the cache."""
         return 0
 
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Arguments that are not left at their defaults: what tells two of them apart in a message."""
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.default:
+                yield name, getattr(self, name)
+
     # --- using it --------------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, processor: Any = None, freeze: bool = True) -> Handle:
