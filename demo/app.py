@@ -41,7 +41,6 @@ log = logging.getLogger("mllm.demo")
 #: what is switched on when the page opens
 FIRST = ({"technique": "DyVTE", "exit_layer": 0.75},)
 _NO_TECHNIQUE = "No technique is switched on: this column would repeat the full model."
-_PROGRESS = gr.Progress()
 _MODEL = "model"  # the concurrency group of everything that takes the model for an answer
 
 
@@ -51,11 +50,13 @@ def plain(text: str) -> str:
     return escaped.replace("\n", "<br>")
 
 
-def notice(text: str, bad: bool = False) -> str:
-    """A message above the question box; nothing where there is no text."""
+def notice(text: str, bad: bool = False, progress: tuple[int, int] | None = None) -> str:
+    """A message above the question box, with a bar where (done, all) is given; nothing where there is no text."""
     if not text:
         return ""
     body = html.escape(text).replace("\n", "<br>")
+    if progress is not None:
+        body += f'<progress value="{progress[0]}" max="{progress[1]}" aria-label="answers"></progress>'
     return f'<div class="mllm-notice{" bad" if bad else ""}" role="{"alert" if bad else "status"}">{body}</div>'
 
 
@@ -376,20 +377,17 @@ class Demo:
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, request: gr.Request, progress: gr.Progress = _PROGRESS, *values: Any
-    ) -> Iterator[dict[Any, Any]]:
+    def evaluate(self, request: gr.Request, task: str, limit: float, *values: Any) -> Iterator[dict[Any, Any]]:
         """Score the settings on a few samples of an offline task and add the point to the plot."""
-        task, limit, *values = values
         session = self.sessions.get(request.session_hash)
         session.stop_evaluation.clear()
         entries = self.panel.entries(values)
-        yield {self.evaluate_notice: notice("Evaluating; you can go on chatting.")}
+        yield {self.evaluate_notice: notice("Evaluating; you can go on chatting.", progress=(0, 1))}
         try:
             for done, total, points in self.score(session, task, int(limit), entries):
                 if points is None:
-                    progress((done, total), desc=f"{task}: {done} of {total} answers")
-                    yield {self.evaluate_notice: notice(f"{task}: {done} of {total} answers.")}
+                    told = f"{task}: {done} of {total} answers. You can go on chatting."
+                    yield {self.evaluate_notice: notice(told, progress=(done, total))}
         except MllmError as error:
             yield {self.evaluate_notice: notice(str(error), bad=True)}
             return
@@ -679,7 +677,7 @@ class Demo:
             queue=False,
             **hidden,
         )
-        self.slider.release(
+        self.slider.input(  # also by the keyboard, and by typing the number
             self.turn_to_layer,
             self.slider,
             [self.tokens, self.layer_text, self.router],
@@ -702,9 +700,7 @@ class Demo:
             [self.evaluate_notice, self.plot],
             concurrency_limit=1,
             concurrency_id="evaluation",
-            show_progress="minimal",
-            show_progress_on=[self.evaluate_notice],
-            api_visibility="private",
+            **hidden,
         )
         self.stop_evaluate_button.click(self.stop_evaluating, None, None, queue=False, **hidden)
         blocks.unload(self.leave)

@@ -64,6 +64,7 @@ footer .divider { display: none; }
 .mllm-error { color: var(--mllm-exit); }
 .mllm-notice { padding: 9px 12px; border-radius: 6px; border-left: 4px solid var(--mllm-kept);
   background: var(--block-background-fill); overflow-wrap: anywhere; }
+.mllm-notice progress { display: block; width: 100%; height: 8px; margin-top: 6px; accent-color: var(--mllm-kept); }
 .mllm-notice.bad { border-left-color: var(--mllm-exit); }
 .mllm-chart { width: 100%; max-width: 520px; height: auto; display: block; color: var(--body-text-color); }
 .mllm-chart text { fill: currentColor; font-size: 12px; opacity: .8; }
@@ -83,14 +84,15 @@ footer .divider { display: none; }
 .mllm-legend .kept { background: var(--mllm-kept); }
 .mllm-legend .passive { background: var(--mllm-passive); }
 .mllm-table { overflow-x: auto; }
-.mllm-table table { border-collapse: collapse; font-size: .88rem; width: 100%; max-width: 760px; }
-.mllm-table th, .mllm-table td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--mllm-grid);
-  overflow-wrap: anywhere; vertical-align: top; }
+.mllm-table table { border-collapse: collapse; font-size: .88rem; width: 100%; max-width: 760px; border: 0 !important; }
+.mllm-table th, .mllm-table td { text-align: left; padding: 4px 10px 4px 0 !important; overflow-wrap: anywhere;
+  vertical-align: top; border: 0 solid var(--mllm-grid) !important; border-bottom-width: 1px !important; }
 .mllm-table td:nth-child(n+3) { white-space: nowrap; }
 .mllm-router { line-height: 1.9; max-height: 260px; overflow-y: auto; overflow-wrap: anywhere; }
 .mllm-router .token { background: color-mix(in srgb, var(--mllm-kept) var(--share), transparent); border-radius: 3px; }
 .mllm-router .picture { border: 1px dashed var(--mllm-grid); border-radius: 3px; padding: 0 6px; margin: 0 3px; }
 #examples button { min-width: 0; }
+#box .thumbnails { flex-wrap: wrap; }
 @media (max-width: 640px) {
   #full, #other { height: 300px !important; min-height: 240px !important; }
   /* while nothing is asked, the question box and the examples are on the first screen */

@@ -31,6 +31,7 @@ _KNOWN = {
     b"PK\x03\x04": "a ZIP archive or an office document",
     b"\x1f\x8b": "a gzip archive",
     b"<svg": "an SVG drawing",
+    b"<?xml": "an SVG drawing or another XML file",
 }
 
 

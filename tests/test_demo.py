@@ -89,6 +89,7 @@ def bad_files(folder) -> dict[str, str]:
     with zipfile.ZipFile(folder / "archive.png", "w") as archive:
         archive.writestr("zeros", bytes(1_000_000))
     (folder / "drawing.png").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (folder / "xml.png").write_text('<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
     (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (folder / "large.png").write_bytes(bytes(2_000_001))
     (folder / "broken.pdf").write_bytes(b"%PDF-1.7\nnothing follows")
@@ -103,6 +104,7 @@ def bad_files(folder) -> dict[str, str]:
         "cut.jpg": "damaged or cut short",
         "archive.png": "ZIP archive",
         "drawing.png": "SVG drawing",
+        "xml.png": "an SVG drawing or another XML file",
         "script.png": "is not a picture",
         "large.png": "at most 2 MB",
         "broken.pdf": "is damaged or no PDF",
@@ -249,6 +251,8 @@ def test_bad_configs_are_refused(panel, text, message):
 def test_a_conflict_is_told_as_its_reason(panel):
     with pytest.raises(ConflictError, match="both decide"):
         panel.stack([{"technique": "NAAViT"}, {"technique": "FreezeVisual"}], SPEC)
+    with pytest.raises(ConflictError, match=r"^LoRRA and DyVTE\(exit_layer=2\) cannot run together"):
+        panel.stack([{"technique": "LoRRA"}, {"technique": "DyVTE", "exit_layer": 2}], SPEC)
     with pytest.raises(ConfigError, match="parameters; at most"):
         panel.stack([{"technique": "LoRRA", "rank": 10_000_000}], SPEC)
 
@@ -686,12 +690,13 @@ def test_scores_are_those_of_mllm_eval(backend, tmp_path, monkeypatch):
 
 def test_the_page_evaluates_in_the_background(demo):
     values = demo.panel.values([{"technique": "DyVTE", "exit_layer": 2}])
-    updates = list(demo.evaluate(visitor("seven"), lambda *_, **__: None, "mllm_vqa", 2, *values))
+    updates = list(demo.evaluate(visitor("seven"), "mllm_vqa", 2, *values))
     assert "<svg" in updates[-1][demo.plot]
     assert updates[-1][demo.plot].count("<tr>") == 3
     assert "4 of 4 answers" in updates[-2][demo.evaluate_notice]
+    assert '<progress value="4" max="4"' in updates[-2][demo.evaluate_notice]
     bad = demo.panel.values([{"technique": "DyVTE", "exit_layer": 99}])
-    *_, last = demo.evaluate(visitor("seven"), lambda *_, **__: None, "mllm_vqa", 2, *bad)
+    *_, last = demo.evaluate(visitor("seven"), "mllm_vqa", 2, *bad)
     assert "this model has 6 layers" in last[demo.evaluate_notice]
 
 

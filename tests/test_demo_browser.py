@@ -216,6 +216,8 @@ def test_too_much_is_told(page, tmp_path):
         tiny_image(number, (32, 32)).save(file)
     page.ask("what are they?", "\n".join(map(str, files)))
     page.until_text("#notice [role=alert]", "30 files; at most 16 are read")
+    wide, window = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide <= window  # thumbnails go on in the next row
     page.driver.refresh()
     page.until_text("#status", "Ready")
     page.ask(" ", None)
