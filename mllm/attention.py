@@ -51,7 +51,7 @@ def _function(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             if backend == "eager"
             else ALL_ATTENTION_FUNCTIONS[backend]
         )
-        if step is None or step.rests:
+        if step is None or step.idle:
             return stock(module, query, key, value, attention_mask, **kwargs)
         return step.attend(stock, module, query, key, value, attention_mask, kwargs)
 
@@ -86,22 +86,14 @@ def attend_segments(
         if before == 0 and stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:  # a square block: no mask means causal
             outputs.append(stock(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
             continue
-        sdpa = stock is ALL_ATTENTION_FUNCTIONS["sdpa"]
-        if sdpa and before <= stop - start:  # rows put in front make a square block, which needs no mask
-            rows = query[:, :, start:stop]
-            square = torch.cat([rows[:, :, :before], rows], dim=2)
-            outputs.append(stock(module, square, keys, values, None, **kwargs)[0][:, before:])
-            continue
         for low in range(0, stop - start, _CHUNK):
             high = min(low + _CHUNK, stop - start)
             mask = torch.ones(high - low, before + high, dtype=torch.bool, device=query.device).tril(before + low)
-            rows, end = query[:, :, start + low : start + high], before + high
-            some_keys, some_values = keys[:, :, :end], values[:, :, :end]
-            if sdpa:
-                outputs.append(_packed(stock, module, rows, some_keys, some_values, mask, kwargs))
-                continue
-            mask = additive(mask, query.dtype)
-            outputs.append(stock(module, rows, some_keys, some_values, mask[None, None], **kwargs)[0])
+            if stock is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
+                mask = additive(mask, query.dtype)
+            rows = query[:, :, start + low : start + high]
+            end = before + high
+            outputs.append(stock(module, rows, keys[:, :, :end], values[:, :, :end], mask[None, None], **kwargs)[0])
     return torch.cat(outputs, dim=1)
 
 
@@ -135,27 +127,6 @@ def attend_to(
         return nothing
     out = attend_segments(stock, seeing, _ALONE, queries, keys, values, {})
     return torch.cat([nothing, out], dim=1) if blind else out
-
-
-def _packed(
-    stock: Callable[..., tuple[Tensor, Tensor | None]],
-    module: nn.Module,
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """(B, n, heads, head_dim): attention with one ``mask`` (n, k) for all heads. Heads that share their keys stand as
-    further rows of one head, so that keys are not repeated, which stock SDPA does beside a mask."""
-    groups = rows.shape[1] // keys.shape[1]
-    if groups == 1:
-        return stock(module, rows, keys, values, mask[None, None], **kwargs)[0]
-    batch, heads, count, head_dim = rows.shape
-    packed = rows.reshape(batch, keys.shape[1], groups * count, head_dim)
-    out = stock(_ALONE, packed, keys, values, mask.repeat(groups, 1)[None, None], **kwargs)[0]
-    out = out.unflatten(1, (groups, count))  # (B, groups, n, kv_heads, head_dim)
-    return out.permute(0, 2, 3, 1, 4).reshape(batch, count, heads, head_dim)
 
 
 def _pick(states: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
