@@ -178,36 +178,6 @@ def test_dark_mode_is_readable(page, address):
         assert contrast(front, back) >= 4.5, (selector, front, back)
 
 
-def test_two_tabs_one_is_stopped_and_closed_while_it_is_answered(page, demo):
-    """Each tab has its own chat and settings; a tab that goes away lets the other one go on."""
-    driver = page.driver
-    page.until_text("#status", "Ready")
-    before = len(demo.sessions)
-    first = driver.current_window_handle
-    page.set_number("#answer-length", 256)
-    page.ask("tell me more", None)
-    page.until_text("#full [data-testid=bot]", "")  # it writes
-    page.click("#stop")
-    page.until_text("#full", "(stopped)")
-    page.wait.until(lambda _: page.find("#retry")[0].is_enabled())
-
-    driver.switch_to.new_window("tab")
-    driver.get(demo.address)
-    page.until_text("#status", "Ready")
-    assert page.find("#full [data-testid=user]") == []
-    page.click("#on-NAAViT input")
-    page.set_number("#answer-length", 256)
-    page.ask("and this?", None)
-    page.until("#full [data-testid=user]")
-    driver.close()  # while it is answered
-    driver.switch_to.window(first)
-    assert not page.find("#on-NAAViT input")[0].is_selected()
-    page.set_number("#answer-length", 4)
-    page.ask("and now?", None)
-    page.until("#other .mllm-costs")
-    page.wait.until(lambda _: len(demo.sessions) <= before + 1, "the closed tab is still remembered")
-
-
 def test_too_much_is_told(page, tmp_path):
     """Thirty files, no text and far too much text: a message, and the page goes on."""
     page.until_text("#status", "Ready")
