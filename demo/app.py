@@ -270,18 +270,17 @@ class Demo:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _inside(session: Session) -> Inside | None:
-        """What the last answer shows: that with techniques, else the full model's."""
-        if not session.chat.turns:
-            return None
-        turn = session.chat.turns[-1]
-        found = [
-            answer.inside for answer in (turn.other, turn.full) if answer is not None and answer.inside is not None
-        ]
-        return found[0] if found else None
+    def _inside(session: Session) -> tuple[Inside | None, str]:
+        """What the last answer shows, and its settings: that with techniques, else the full model's."""
+        if session.chat.turns:
+            turn = session.chat.turns[-1]
+            for answer in (turn.other, turn.full):
+                if answer is not None and answer.inside is not None:
+                    return answer.inside, answer.settings
+        return None, ""
 
     def _look_inside(self, session: Session, layer: int | None = None) -> dict[Any, Any]:
-        inside = self._inside(session)
+        inside, settings = self._inside(session)
         turn = session.chat.turns[-1] if session.chat.turns else None
         told = words.saving(turn.full, turn.other) if turn and turn.full and turn.other else ""
         shown = inside is not None and bool(inside.visual.any())
@@ -295,7 +294,7 @@ class Demo:
             self.inside: gr.Column(visible=bool(inside and (shown or router or extra))),
             self.slider: gr.Slider(value=layer or 0, visible=shown),
             self.tokens: figures(tokens_over_pictures(inside, layer)) if shown else "",
-            self.layer_text: layer_words(inside, layer) if shown else "",
+            self.layer_text: self._layer_text(inside, layer, settings) if shown else "",
             self.chart: tokens_per_layer(inside) if shown else "",
             self.pages_box: gr.Column(visible=bool(pages)),
             self.pages: figures(pages),
@@ -307,12 +306,19 @@ class Demo:
     def turn_to_layer(self, layer: float, request: gr.Request) -> dict[Any, Any]:
         """Show another layer."""
         session = self.sessions.get(request.session_hash)
-        inside = self._inside(session)
+        inside, settings = self._inside(session)
         if inside is None:
             return {self.layer_text: ""}
         layer = min(max(int(layer), 0), inside.layers - 1)
-        shown = {self.tokens: figures(tokens_over_pictures(inside, layer)), self.layer_text: layer_words(inside, layer)}
-        return {**shown, self.router: router_weights(inside, layer)}
+        return {
+            self.tokens: figures(tokens_over_pictures(inside, layer)),
+            self.layer_text: self._layer_text(inside, layer, settings),
+            self.router: router_weights(inside, layer),
+        }
+
+    @staticmethod
+    def _layer_text(inside: Inside, layer: int, settings: str) -> str:
+        return f"**{plain(settings[:1].upper() + settings[1:])}** · {plain(layer_words(inside, layer))}"
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -634,7 +640,9 @@ class Demo:
         with gr.Accordion("Evaluate these settings", open=False, elem_id="evaluation"):
             with gr.Row():
                 self.task = gr.Dropdown(names, value=names[0], label="Offline task", min_width=160)
-                self.limit = gr.Slider(2, self.limits.evaluation, value=10, step=1, label="Samples", min_width=160)
+                self.limit = gr.Slider(
+                    2, self.limits.evaluation, value=10, step=1, label="Samples", min_width=160, elem_id="samples"
+                )
             with gr.Row():
                 self.evaluate_button = gr.Button("Evaluate", variant="primary", min_width=120, elem_id="evaluate")
                 self.stop_evaluate_button = gr.Button("Stop evaluation", min_width=120)

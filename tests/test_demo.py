@@ -562,6 +562,7 @@ def test_one_question_two_answers(demo, tmp_path):
     assert "less arithmetic" in last[demo.saving]
     assert "<svg" in last[demo.chart]
     turned = demo.turn_to_layer(5, visitor("one"))
+    assert turned[demo.layer_text].startswith(f"**{plain('DyVTE(exit_layer=2)')}** · Layer 5")
     assert "no visual tokens" in turned[demo.layer_text]
     # a second question about the same picture
     _, updates = ask(demo, "one", "why?", entries=entries)

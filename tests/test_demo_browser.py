@@ -14,6 +14,7 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from mllm.demo.answers import Backend
@@ -129,6 +130,9 @@ def test_a_visit(page, tmp_path):
     assert chart.get_attribute("aria-label").startswith("Visual tokens alive in each layer: ")
     page.until("#tokens img")
     assert len(page.find("#full img")) == 1
+    page.until_text("#layer-text", "no visual tokens")
+    page.until("#layer input[type=range]").send_keys(Keys.HOME)
+    page.until_text("#layer-text", "Layer 0: ")
 
     # a technique more, and one that conflicts: the reason is shown, and taken back
     page.click("#on-NAAViT input")
@@ -141,6 +145,13 @@ def test_a_visit(page, tmp_path):
     page.until_text("#saving", "NAAViT")
     page.until("#chart .passive")
     assert len(page.find("#full .mllm-costs")) == 1
+
+    # the settings are scored on a task: a bar, then the point in the plot
+    page.click("#evaluation button")
+    page.set_number("#samples", 2)
+    page.click("#evaluate")
+    page.until_text("#evaluate-notice", "2 samples")
+    assert page.until("#plot svg").get_attribute("aria-label").count("% of the FLOPs") == 2
 
     # a broken file: the message, and the answers are still there
     page.ask("what is this?", tmp_path / "broken.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -148,6 +149,59 @@ def test_a_client_that_goes_away_is_forgotten(demo, picture):
     while len(demo.sessions) > before and time.monotonic() < end:
         time.sleep(0.2)
     assert len(demo.sessions) == before
+
+
+def test_a_cancelled_answer_leaves_the_model_to_others(demo, connect):
+    first, second = connect(), connect()
+    entered, seen = threading.Event(), {}
+    real = demo.backend.model.generate
+
+    def generate(*arguments, stopping_criteria=(), **options):
+        if entered.is_set():
+            return real(*arguments, stopping_criteria=stopping_criteria, **options)
+        entered.set()
+        seen["stop"] = stopping_criteria[0].stop  # an answer that ends only when it is told to
+        seen["stopped"] = seen["stop"].wait(60)
+        return real(*arguments, stopping_criteria=stopping_criteria, **options)
+
+    demo.backend.model.generate = generate
+    try:
+        job = first.submit("what is it?", None, EXIT, 16, api_name="/ask")
+        assert entered.wait(60)
+        threading.Thread(target=first.close).start()
+        assert second.predict("and this?", None, EXIT, 4, api_name="/ask")["techniques"]["state"] == "done"
+        assert seen["stopped"]
+    finally:
+        del demo.backend.model.generate
+        job.cancel()
+
+
+def test_the_queue_is_bounded(connect, demo, monkeypatch):
+    """What does not fit is refused with a message, the others get their answers, and the server goes on."""
+    monkeypatch.setattr(demo.blocks._queue, "max_size", 2)
+    jobs = [connect().submit("what is it?", None, EXIT, 16, api_name="/ask") for _ in range(8)]
+    states, refused = [], []
+    for job in jobs:
+        try:
+            states.append(job.result()["techniques"]["state"])
+        except Exception as error:
+            refused.append(str(error))
+    assert set(states) == {"done"}
+    assert refused
+    assert all("full" in message.lower() for message in refused)
+    monkeypatch.undo()
+    assert connect().predict("again?", None, EXIT, 4, api_name="/ask")["full"]["state"] == "done"
+
+
+def test_uploads_are_removed(demo, connect, picture, monkeypatch):
+    connect().predict("what?", [handle_file(picture)], EXIT, 4, api_name="/ask")
+    held = list((demo.folder / "files").rglob("*.png"))
+    assert held
+    monkeypatch.setattr(demo, "limits", replace(LIMITS, upload_seconds=0.0))
+    end = time.monotonic() + 60
+    while any(path.exists() for path in held) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(path.exists() for path in held)
 
 
 def test_a_port_in_use_is_told(demo):
