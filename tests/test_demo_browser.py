@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_image, tiny_model, tiny_processor
@@ -187,6 +189,50 @@ def test_dark_mode_is_readable(page, address):
     )
     for selector, front, back in colours:
         assert contrast(front, back) >= 4.5, (selector, front, back)
+
+
+@pytest.fixture
+def held(demo):
+    """Answers that begin and write nothing until they are told to stop, however fast the machine is; set: as usual."""
+    real, held = demo.backend.model.generate, SimpleNamespace(begun=threading.Semaphore(0), free=threading.Event())
+
+    def generate(*arguments, stopping_criteria=(), **options):
+        if not held.free.is_set():
+            held.begun.release()
+            assert stopping_criteria[0].stop.wait(120), "nobody told the answer to stop"
+        return real(*arguments, stopping_criteria=stopping_criteria, **options)
+
+    demo.backend.model.generate = generate
+    yield held
+    del demo.backend.model.generate
+
+
+def test_two_tabs_one_is_stopped_the_other_closed_while_it_is_answered(page, demo, held):
+    """Each tab has its own chat and settings; a tab that goes away lets the other one go on."""
+    driver = page.driver
+    page.until_text("#status", "Ready")
+    first = driver.current_window_handle
+    page.ask("tell me more", None)
+    assert held.begun.acquire(timeout=120)
+    page.click("#stop")
+    page.until_text("#full", "(stopped)")
+    page.wait.until(lambda _: page.find("#retry")[0].is_enabled())
+    assert len(demo.sessions) == 1
+
+    driver.switch_to.new_window("tab")
+    driver.get(demo.address)
+    page.until_text("#status", "Ready")
+    assert page.find("#full [data-testid=user]") == []
+    page.click("#on-NAAViT input")
+    page.ask("and this?", None)
+    assert held.begun.acquire(timeout=120)
+    driver.close()  # while it is answered
+    driver.switch_to.window(first)
+    page.wait.until(lambda _: len(demo.sessions) == 1, "the closed tab is still remembered")
+    held.free.set()
+    assert not page.find("#on-NAAViT input")[0].is_selected()
+    page.ask("and now?", None)
+    page.until("#other .mllm-costs")
 
 
 def test_too_much_is_told(page, tmp_path):
