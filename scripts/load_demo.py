@@ -106,12 +106,11 @@ def main() -> None:
             for visitor in visitors:
                 visitor.alone = visitor.ask()
             alone = (time.monotonic() - alone) / len(visitors)
-            before, highest, done = memory(server.pid), 0.0, threading.Event()
+            before, seen, done = memory(server.pid), [], threading.Event()
 
             def watch() -> None:
-                nonlocal highest
-                while not done.wait(0.2):
-                    highest = max(highest, memory(server.pid).get("now", 0.0))
+                while not done.wait(0.25):
+                    seen.append(memory(server.pid).get("now", 0.0))
 
             threading.Thread(target=watch, daemon=True).start()
             began = time.monotonic()
@@ -149,7 +148,8 @@ def main() -> None:
                 "latency p90 s": round(cuts[8], 2),
                 "latency max s": round(latencies[-1], 2) if latencies else None,
                 "server MB before": round(before.get("now", 0)),
-                "server MB at most": round(highest),
+                "server MB at most": round(max(seen, default=0)),
+                "server MB every 20 s": [round(size) for size in seen[::80]],
                 "server MB after": round(after.get("now", 0)),
                 "errors": errors[:5],
             },
