@@ -14,7 +14,7 @@ import yaml
 
 from mllm.config import parse_config
 from mllm.cost import ModelSpec
-from mllm.errors import ConfigError, ConflictError, MllmError
+from mllm.errors import ConfigError, MllmError
 from mllm.technique import Stack, Technique, get_technique, load_all
 
 MAX_CONFIG_BYTES = 64_000
@@ -180,10 +180,7 @@ class Panel:
             given = {key: value for key, value in entry.items() if key not in ("technique", "enabled")}
             techniques.append(get_technique(entry["technique"])(**given))
         stack = Stack(*techniques)
-        try:
-            stack.check(spec)
-        except ConflictError as error:
-            raise ConflictError(_as_chosen(str(error), techniques, entries)) from error
+        stack.check(spec)
         try:
             size = stack.parameter_count(spec)
         except (RuntimeError, TypeError) as error:  # more numbers than torch can count
@@ -255,13 +252,6 @@ def label(entries: Sequence[Mapping[str, Any]]) -> str:
         given = ", ".join(f"{key}={value}" for key, value in entry.items() if key not in ("technique", "enabled"))
         parts.append(f"{entry['technique']}({given})" if given else entry["technique"])
     return " + ".join(parts) or "full model"
-
-
-def _as_chosen(text: str, techniques: Sequence[Technique], entries: Sequence[Mapping[str, Any]]) -> str:
-    """A message that names techniques with the arguments that were chosen, not with all defaults."""
-    for technique, entry in zip(techniques, entries, strict=True):
-        text = text.replace(repr(technique), label([entry]))
-    return text
 
 
 def _digits(text: str) -> list[str]:

@@ -42,7 +42,16 @@ from mllm.cost import LayerWork, ModelSpec
 from mllm.errors import CacheError, ConfigError, ConflictError, DidNotFireError, InputError, UnsupportedModelError
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout, valid_tokens
-from mllm.ragged import CACHE_STATE, BranchLayer, CacheState, JoinedCache, Stash, check_cache_kind, lengths
+from mllm.ragged import (
+    CACHE_STATE,
+    BranchLayer,
+    CacheState,
+    JoinedCache,
+    Stash,
+    branch_layers,
+    check_cache_kind,
+    lengths,
+)
 from mllm.reuse import ImageCache, Reuse
 from mllm.rows import Rows, Split, key_order
 from mllm.run import Run
@@ -89,6 +98,7 @@ class Step:
         self.layout = layout
         for technique in acts:
             technique.check_call(layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
+        self.memories = {} if cache is None else branch_layers(cache, engine.spec.layers)
         if cache is not None and layout.past_length:
             self._check_cache(cache, layout)
         self.store = {} if self.past is None else {name: dict(kept) for name, kept in self.past.store.items()}
@@ -160,11 +170,11 @@ class Step:
                 f"The layers of the cache hold {found} keys where {expected} are expected: it was filled or cut by "
                 "something else. Start again with an empty cache."
             )
+        own = [(layer.place[:2], layer.length == length) for layer in self.memories.values()]
+        complete = {place for place, whole in own if whole} - {place for place, whole in own if not whole}
         for number, branches in enumerate(self.engine.branches):
             for technique in branches:
-                key = self.engine.key(technique)
-                own = [layer for layer in cache.layers[layers:] if layer.place[:2] == (number, key)]
-                if not own or any(layer.length != length for layer in own):
+                if (number, self.engine.key(technique)) not in complete:
                     raise CacheError(
                         f"{technique!r} has not seen the {length} tokens that the cache holds: it was filled without "
                         "it, or under another stack. Start again with an empty cache."
@@ -517,9 +527,9 @@ class Step:
         layers, place = self.cache.layers, (number, key, name)
         while len(layers) < self.engine.spec.layers:  # the model's come first
             layers.append(DynamicLayer())
-        layer = next((layer for layer in layers[self.engine.spec.layers :] if layer.place == place), None)
+        layer = self.memories.get(place)
         if layer is None:
-            layer = BranchLayer(place)
+            layer = self.memories[place] = BranchLayer(place)
             layers.append(layer)
         layer.length = self.layout.past_length + self.new
         if rows is not None:
@@ -770,7 +780,7 @@ class Step:
             held = [kept.length for kept in rows]
         store = {name: kept for name, kept in self.store.items() if kept}
         extra = sum(value.nbytes for kept in store.values() for value in kept.values() if hasattr(value, "nbytes"))
-        own = cache.layers[layers:]
+        own = list(branch_layers(cache, layers).values())
         extra += sum(layer.keys.nbytes + layer.values.nbytes for layer in own if layer.columns is not None)
         held += [layer.get_seq_length() for layer in own]
         engine.run.count_cache(held, self.batch, length, bytes_per_value, extra)

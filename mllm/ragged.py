@@ -120,6 +120,11 @@ class BranchLayer(DynamicLayer):
             self.columns = self.columns[rows.to(self.columns.device)]
 
 
+def branch_layers(cache: Cache, layers: int) -> dict[tuple[int, str, str], BranchLayer]:
+    """The memories of branches, which lie behind the model's own ``layers``, by their places."""
+    return {layer.place: layer for layer in cache.layers[layers:] if isinstance(layer, BranchLayer)}
+
+
 class JoinedCache:
     """Stands in for the cache inside one attention call: passive keys and values join the active ones."""
 

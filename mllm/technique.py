@@ -302,7 +302,7 @@ class Technique(BaseModel):
 
     def branch(self, view: BranchView) -> Tensor:
         """(B, S, D) what is added to the residual stream after the attention of a layer in :meth:`branch_layers`."""
-        raise NotImplementedError(f"{self.name} has no layer branch.")
+        raise NotImplementedError(f"{type(self).__name__} names layers in branch_layers() and defines no branch().")
 
     def revive(self, layout: TokenLayout, store: dict[str, Any]) -> Revived | None:
         """Rows of earlier calls that enter a later one again, asked once at its start."""

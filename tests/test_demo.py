@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
-pytest.importorskip("gradio", reason="the demo needs gradio")
+pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[all,dev]'")
 
 from mllm import Stack
 from mllm.adapters import LoRRA
@@ -251,7 +251,7 @@ def test_bad_configs_are_refused(panel, text, message):
 def test_a_conflict_is_told_as_its_reason(panel):
     with pytest.raises(ConflictError, match="both decide"):
         panel.stack([{"technique": "NAAViT"}, {"technique": "FreezeVisual"}], SPEC)
-    with pytest.raises(ConflictError, match=r"^LoRRA and DyVTE\(exit_layer=2\) cannot run together"):
+    with pytest.raises(ConflictError, match=r"^LoRRA\(\) and DyVTE\(exit_layer=2\) cannot run together"):
         panel.stack([{"technique": "LoRRA"}, {"technique": "DyVTE", "exit_layer": 2}], SPEC)
     with pytest.raises(ConfigError, match="parameters; at most"):
         panel.stack([{"technique": "LoRRA", "rank": 10_000_000}], SPEC)
@@ -672,7 +672,7 @@ def test_configs_are_loaded_into_the_controls(demo, tmp_path):
 
 
 def test_scores_are_those_of_mllm_eval(backend, tmp_path, monkeypatch):
-    pytest.importorskip("lmms_eval", reason="compares with lmms-eval")
+    pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,dev]'")
     from mllm.eval import runner
 
     monkeypatch.setattr(runner, "load", lambda *_, **__: (backend.model, backend.processor))

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_image, tiny_model, tiny_processor
 
-pytest.importorskip("gradio", reason="the demo needs gradio")
-pytest.importorskip("selenium", reason="the browser test needs selenium")
+pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[all,dev]'")
+pytest.importorskip("selenium", reason="needs selenium: pip install -e '.[all,dev]'")
 
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -36,7 +36,7 @@ FLAGS = (
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 
 pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no browser: apt-get install chromium chromium-driver to run this test"
+    not (BROWSER and DRIVER), reason="no browser or driver: apt-get install chromium chromium-driver"
 )
 
 

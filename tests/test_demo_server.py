@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
-pytest.importorskip("gradio", reason="the demo needs gradio")
+pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[all,dev]'")
 
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError

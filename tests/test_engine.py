@@ -674,7 +674,7 @@ def test_layers_replaced_after_attaching_are_noticed():
 
 
 def test_a_peft_model_is_looked_through():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[all,dev]'")
     model = tiny_model("llava", "sdpa", fresh=True)
     inputs = tiny_inputs(model, tiny_processor("llava"), "one")
     targets = r".*language_model.*(k_proj|up_proj)"

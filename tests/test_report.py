@@ -28,7 +28,7 @@ from mllm.eval.report import (
     summarize,
 )
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[all,dev]'")
 
 
 def cell(config: str = "none", task: str = "mllm_vqa", score: float | None = 0.6, **other: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mllm.eval import tasks
 from mllm.eval.tasks import manifest, task_folder, task_include_path, verify_data
 from mllm.eval.tasks.scoring import content_f1, content_words, is_right, words
 
-pq = pytest.importorskip("pyarrow.parquet")
+pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install -e '.[all,dev]'")
 
 TASKS = ("mllm_caption", "mllm_docqa", "mllm_reading", "mllm_text", "mllm_vqa")
 
@@ -190,7 +190,7 @@ def test_unknown_task_is_named():
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """All tasks, built by lmms-eval from another working directory and an empty cache."""
-    pytest.importorskip("lmms_eval")
+    pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,dev]'")
     import os
 
     from lmms_eval.tasks import TaskManager
@@ -246,7 +246,7 @@ def test_scores_are_means_of_what_documents_give(loaded):
 
 
 def test_prompts_of_other_models_can_be_wrapped():
-    pytest.importorskip("lmms_eval")
+    pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,dev]'")
     from mllm.eval.tasks import utils
 
     doc = {"question": "Which one?", "images": []}

@@ -157,11 +157,6 @@ class DyVTE(TrainedTechnique):
         told = super().describe()
         return {"technique": self.name, **{name: told[name] for name in self._used}}
 
-    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
-        for name in self._used:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                yield name, getattr(self, name)
-
     @classmethod
     def from_checkpoint(
         cls, source: str | Path | Mapping[str, Tensor], model: nn.Module | None = None, **arguments: Any
