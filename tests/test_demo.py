@@ -368,7 +368,7 @@ def test_a_chat_longer_than_the_model_reads_is_refused(backend, monkeypatch):
 
 
 def test_the_turnstile_keeps_the_order():
-    turnstile, order, inside = Turnstile(), [], threading.Event()
+    turnstile, order, inside, all_there = Turnstile(), [], threading.Event(), threading.Event()
 
     def enter(number: int) -> None:
         with turnstile():
@@ -377,8 +377,7 @@ def test_the_turnstile_keeps_the_order():
     def hold() -> None:
         with turnstile():
             inside.set()
-            while len(turnstile._waiting) < 6:
-                time.sleep(0.001)
+            all_there.wait(60)
 
     threads = [threading.Thread(target=hold)]
     threads[0].start()
@@ -388,6 +387,7 @@ def test_the_turnstile_keeps_the_order():
         threads[-1].start()
         while len(turnstile._waiting) < number + 2:
             time.sleep(0.001)
+    all_there.set()
     for thread in threads:
         thread.join()
     assert order == [0, 1, 2, 3, 4]
