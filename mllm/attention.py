@@ -51,7 +51,7 @@ def _function(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             if backend == "eager"
             else ALL_ATTENTION_FUNCTIONS[backend]
         )
-        if step is None or step.idle:
+        if step is None or step.rests:
             return stock(module, query, key, value, attention_mask, **kwargs)
         return step.attend(stock, module, query, key, value, attention_mask, kwargs)
 

@@ -25,9 +25,9 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,9 @@ class Step:
     def __init__(
         self,
         engine: Engine,
-        layout: TokenLayout,
+        read: Callable[[], TokenLayout],
+        shape: tuple[int, int],
+        past_length: int,
         visual: bool,
         cache: Cache | None,
         whole: bool,
@@ -84,41 +86,47 @@ class Step:
         cached: bool = False,
     ) -> None:
         self.engine = engine
+        self._read = read
         self.mask = mask  # (B, past + S), 1 for real tokens, where there is padding
-        self.batch, self.new = layout.visual.shape
+        self.batch, self.new = shape
+        self.past_length = past_length
         self.visual = visual
         self.whole = whole  # hidden states of every layer must have full length
         self.cache = cache
-        if not layout.past_length and hasattr(cache, CACHE_STATE):  # the cache was reset
+        if not past_length and hasattr(cache, CACHE_STATE):  # the cache was reset
             delattr(cache, CACHE_STATE)
         self.past: CacheState | None = getattr(cache, CACHE_STATE, None)
         # nothing to do in the layers: no visual rows in this call, and none dropped in an earlier one
         acts = engine.active if visual else [t for t in engine.active if t.acts_on_text]
         self.idle = not acts and self.past is None
-        self.layout = layout
+        self._plain = False  # the layers need not be told anything about this call, see enter()
         for technique in acts:
-            technique.check_call(layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
+            technique.check_call(self.layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
         self.memories = {} if cache is None else branch_layers(cache, engine.spec.layers)
-        if cache is not None and layout.past_length:
-            self._check_cache(cache, layout)
+        if cache is not None and past_length:
+            self._check_cache(cache)
         self.store = {} if self.past is None else {name: dict(kept) for name, kept in self.past.store.items()}
         self.scratch: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[str, Any]] = {}
-        self.revived = self._revive(layout)
+        self.revived = self._revive()
         self._entering = set() if self.revived is None else set(self.revived.layer.unique().tolist())
-        if self.revived is not None and whole:
-            raise UnsupportedModelError(
-                "output_hidden_states=True: rows of an earlier turn that enter again have no place there. Ask without."
-            )
-        self.layout = layout = self._extended(layout)
-        self.width = layout.visual.shape[1]  # of the call's own tokens and those that came back
+        self.width = self.new  # of the call's own tokens and those that came back
+        if self.revived is not None:
+            if whole:
+                raise UnsupportedModelError(
+                    "output_hidden_states=True: rows of an earlier turn that enter again have no place there. Ask "
+                    "without."
+                )
+            self.layout = self._extended(self.layout)
+            self.width = self.layout.visual.shape[1]
         self.opened: tuple[Opened, ...] = ()
         if visual:
-            self.opened = tuple(opened for technique in engine.active for opened in technique.opens(layout))
+            self.opened = tuple(opened for technique in engine.active for opened in technique.opens(self.layout))
         self.reduced: Tensor | None = None  # (B, S) bool, alive rows once a technique has dropped some
         everything = Rows(None, None, self.width)
         self.split = self._whole_split = Split(everything, everything)
         if self.revived is not None:
+            layout = self.layout
             self.reduced = layout.valid & (self._numbers() >= layout.revived)  # they enter later
             own = torch.arange(layout.revived, self.width, device=layout.visual.device).expand(self.batch, -1)
             rows = Rows(own, None, self.new)
@@ -135,15 +143,25 @@ class Step:
         self._passive: Tensor | None = None  # (B, P, D)
         self._embeddings: Tensor | None = None  # (B, S, D) what entered layer 0, for branches
         self._rotary: tuple[Tensor, Tensor] | None = None  # of all rows
-        self._no_past = Rows(None, None, layout.past_length)
+        self._no_past = Rows(None, None, past_length)
         self._counted: tuple[Tensor, Tensor] | None = None  # alive rows, and how many of them are visual
         self._known: dict[tuple, Split] = {}
         self._gathered: dict[tuple, Any] = {}
         self._pattern: list[bool] | str | None = "unknown"
 
-    def _check_cache(self, cache: Cache, layout: TokenLayout) -> None:
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """The call's tokens; read when first asked for, which while an answer is written mostly nobody does."""
+        return self._read()
+
+    @property
+    def rests(self) -> bool:
+        """Whether the layers run as they would without this step."""
+        return self.idle or self._plain
+
+    def _check_cache(self, cache: Cache) -> None:
         """The cache must hold what the state says: every layer the same number of keys, or the recorded ones."""
-        length = layout.past_length
+        length = self.past_length
         layers = self.engine.spec.layers
         found = lengths(cache)[:layers]
         if self.past is not None and length < self.past.length:  # cropped, as assisted decoding does
@@ -182,20 +200,18 @@ class Step:
 
     # -- rows of earlier calls
 
-    def _revive(self, layout: TokenLayout) -> Revived | None:
+    def _revive(self) -> Revived | None:
         """Rows that a technique lets in again; only where new tokens are read, not while an answer is written."""
         if self.past is None or self.new == 1:
             return None
         for technique in self.engine.active:
-            revived = technique.revive(layout, self.store.get(self.engine.key(technique), {}))
+            revived = technique.revive(self.layout, self.store.get(self.engine.key(technique), {}))
             if revived is not None:
                 return revived
         return None
 
     def _extended(self, layout: TokenLayout) -> TokenLayout:
         """The layout with the rows that came back in front."""
-        if self.revived is None:
-            return layout
         stash = self.revived.stash
         count = stash.valid.shape[1]
         return TokenLayout(
@@ -241,6 +257,9 @@ class Step:
         if number == 0:
             self.cache = cache_of(kwargs)  # the decoder makes one where it was given none
             self._start(hidden)
+            if self._needs_nothing(kwargs.get("attention_mask")):
+                self._plain = True
+                return hidden
         rotary = self._tables(kwargs["position_embeddings"])
         before = self.split
         self._reduce(number, hidden)
@@ -259,10 +278,12 @@ class Step:
                 image = split.passive.take(self.layout.image_index, self.batch)  # (B, P)
                 self.reuse = Reuse(self.engine.run.image_cache, split.passive, self._passive, tables, image)
             keys_values = self._serve(number, layer, policy, tables)
-            kwargs[_PASSIVE] = (*keys_values, split.order)
+            passive = (*keys_values, split.order)
             computed = self.batch * split.passive.length if self.reuse is None else self.reuse.computed
         segments = self._segments(split, past)
         self.segments.append(segments)
+        if split.passive is not None:
+            kwargs[_PASSIVE] = (*passive, None if segments is None else self._pieces())
         kwargs["attention_mask"] = (
             None if segments is not None else self._mask(kwargs.get("attention_mask"), split, past, hidden)
         )
@@ -296,6 +317,17 @@ class Step:
         if self.split.is_whole or not (self.whole or last):
             return None
         return self._restore(self.split, hidden)
+
+    def _needs_nothing(self, mask: Tensor | None) -> bool:
+        """Whether one further token simply sees all keys of every layer, as many as each holds."""
+        return (
+            self.new == 1
+            and mask is None
+            and not self.visual
+            and not any(self.engine.branches)
+            and self.past is not None
+            and all(rows.valid is None for rows in self.past.rows)
+        )
 
     def _start(self, hidden: Tensor) -> None:
         if any(self.engine.branches):
@@ -601,23 +633,17 @@ class Step:
         ragged = (split.alive.valid, split.active.valid, past.valid)
         if not self.engine.owns_attention or self.reduced is not None or any(valid is not None for valid in ragged):
             return None
-        visual = self._uniform()
-        if visual is None:
+        if self._uniform() is None:
             return None
-        runs, start = [], 0
-        for stop in range(1, self.width + 1):
-            if stop == self.width or visual[stop] != visual[start]:
-                runs.append((start, stop))
-                start = stop
         segments, before, offset = [], 0, past.length
-        for start, stop in runs:
+        for visual, start, stop in self._runs():
             if split.passive is not None:
-                if not visual[start]:
+                if not visual:
                     rows = (before, before + stop - start)
                     segments.append(Segment(rows, ((0, offset + stop),)))
                     before = rows[1]
                 continue
-            later = self._later(start, stop) if visual[start] else ()
+            later = self._later(start, stop) if visual else ()
             if later is None:
                 return None
             spans = tuple((offset + low, offset + high) for low, high in later if low >= stop)
@@ -628,6 +654,25 @@ class Step:
                 keys = ((0, offset + start), *spans, (offset + start, offset + stop))
                 segments.append(Segment((start, stop), keys, causal=not whole))
         return tuple(segments)
+
+    def _runs(self) -> list[tuple[bool, int, int]]:
+        """Runs of visual and of other columns, where they are the same in all batch rows; see :meth:`_uniform`."""
+        visual, runs, start = self._uniform(), [], 0
+        for stop in range(1, self.width + 1):
+            if stop == self.width or visual[stop] != visual[start]:
+                runs.append((visual[start], start, stop))
+                start = stop
+        return runs
+
+    def _pieces(self) -> tuple[tuple[bool, int, int], ...]:
+        """The same runs, counted among the visual columns and among the others."""
+        if "pieces" not in self._gathered:
+            done, pieces = {True: 0, False: 0}, []
+            for visual, start, stop in self._runs():
+                pieces.append((visual, done[visual], done[visual] + stop - start))
+                done[visual] += stop - start
+            self._gathered["pieces"] = tuple(pieces)
+        return self._gathered["pieces"]
 
     def _uniform(self) -> list[bool] | None:
         """Which columns are visual, if they are the same in all batch rows and nothing is padding."""
@@ -740,10 +785,10 @@ class Step:
 
     def finish(self, cache: Cache | None, bytes_per_value: int) -> None:
         """Book the call, and leave on the cache what later calls must know."""
-        engine, layout = self.engine, self.layout
-        length = layout.past_length + self.new
+        engine = self.engine
+        length = self.past_length + self.new
         layers = engine.spec.layers
-        if not self.idle and len(self.splits) != layers:
+        if not self.rests and len(self.splits) != layers:
             raise DidNotFireError(
                 f"{len(self.splits)} of {layers} decoder layers were called through their hooks, while this call needs "
                 "all of them. Attach after the model is complete, and not to a compiled or rebuilt copy."
@@ -757,15 +802,18 @@ class Step:
                     f"{', '.join(map(repr, missing))} saw visual tokens and did nothing. Its arguments or its code "
                     "leave this model unchanged; a technique that means to must say so in is_neutral()."
                 )
-            counts = self.visual_per_layer or [layout.visual.sum(dim=1)] * layers
-            engine.run.record_visual(layout.visual.sum(dim=1), counts)
+            visual = self.layout.visual.sum(dim=1)  # (B,)
+            engine.run.record_visual(visual, self.visual_per_layer or [visual] * layers)
         told = {name: output for name, output in self.outputs.items() if output}
         # what was read, not what is written, one token or some guessed ones at a time
-        if self.visual or (self.new > 1 and (told or not layout.past_length)):
+        if self.visual or (self.new > 1 and (told or not self.past_length)):
             engine.run.outputs = told
         if self.idle:
             self.work[LayerWork(self.batch * self.new, self.batch * self.new * length)] = layers
             held = [length] * layers
+        elif self._plain:
+            held = [rows.length + length - self.past.length for rows in self.past.rows]
+            self.work.update(LayerWork(self.batch, self.batch * keys) for keys in held)
         else:
             held = [self._past(n).length + split.alive.length for n, split in enumerate(self.splits)]
         engine.run.count(self.work, self.extra_flops, self.batch, self.new, length)
@@ -927,17 +975,21 @@ class Engine:
         visual = any(given.get(name) is not None for name in self.parts.family.visual_arguments) or any(
             output is not None for output in encoded.values()
         )
-        layout = replace(self._layout(given, past_length, visual), pictures=self._pictures(given, encoded))
+        tokens = given.get("input_ids")
+        shape = tuple((tokens if tokens is not None else given["inputs_embeds"]).shape[:2])
+        read = lru_cache(maxsize=1)(
+            lambda: replace(self._layout(given, past_length, visual), pictures=self._pictures(given, encoded))
+        )
         config = self.parts.text_config
         whole = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
         if labels is not None and visual:
             for technique in self._guards:
-                technique.check_labels(labels, layout)
+                technique.check_labels(labels, read())
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         cached = given.get("use_cache")
         cached = bool(getattr(config, "use_cache", False) if cached is None else cached)
-        step = Step(self, layout, visual, cache, whole, mask, cached)
+        step = Step(self, read, shape, past_length, visual, cache, whole, mask, cached)
         if not step.idle:
             if given.get("output_attentions", getattr(config, "output_attentions", False)):
                 raise UnsupportedModelError(
@@ -999,7 +1051,7 @@ class _BeforeLayer:
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         step: Step | None = kwargs.get(STEP)
-        if step is None or step.idle:
+        if step is None or step.rests:
             return None
         kwargs = dict(kwargs)
         return (step.enter(self.number, layer, args[0], kwargs), *args[1:]), kwargs
@@ -1011,7 +1063,7 @@ class _AfterLayer:
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         step: Step | None = kwargs.get(STEP)
-        return None if step is None or step.idle else step.leave(self.number, output)
+        return None if step is None or step.rests else step.leave(self.number, output)
 
 
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -1025,7 +1077,7 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 
 def _after_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple | None:
     step: Step | None = kwargs.get(STEP)
-    if step is None or step.idle:
+    if step is None or step.rests:
         return None
     return step.add_branch(module, output[0], kwargs[_BRANCH]), *output[1:]
 

@@ -126,12 +126,29 @@ def branch_layers(cache: Cache, layers: int) -> dict[tuple[int, str, str], Branc
 
 
 class JoinedCache:
-    """Stands in for the cache inside one attention call: passive keys and values join the active ones."""
+    """Stands in for the cache inside one attention call: passive keys and values join the active ones.
 
-    def __init__(self, cache: Cache | None, keys: Tensor, values: Tensor, order: Tensor) -> None:
-        self.cache, self.keys, self.values, self.order = cache, keys, values, order
+    Args:
+        cache: the real one.
+        keys, values: of the passive rows.
+        order: see :class:`~mllm.rows.Split`.
+        pieces: where all batch rows look the same, the runs of rows in their order: whether they are passive, and
+            their first and last (exclusive) among those.
+    """
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        keys: Tensor,
+        values: Tensor,
+        order: Tensor,
+        pieces: tuple[tuple[bool, int, int], ...] | None = None,
+    ) -> None:
+        self.cache, self.keys, self.values, self.order, self.pieces = cache, keys, values, order, pieces
 
     def _join(self, passive: Tensor, active: Tensor) -> Tensor:
+        if self.pieces is not None:  # one copy instead of two
+            return torch.cat([(passive if p else active)[:, :, low:high] for p, low, high in self.pieces], dim=2)
         joined = torch.cat((passive, active), dim=2)  # (B, kv_heads, P + A, head_dim)
         index = self.order[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
         return joined.gather(2, index)  # (B, kv_heads, alive, head_dim)

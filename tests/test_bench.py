@@ -65,8 +65,8 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "lorra"])
 @torch.inference_mode()
-def test_a_decoded_token_costs_nothing_in_the_layers(model, name):
-    """Techniques that act on the prompt dispatch nothing in the layers once an answer is written."""
+def test_a_decoded_token_costs_nothing(model, name):
+    """Techniques that act on the prompt dispatch nothing once an answer is written."""
     setting = SETTINGS[name]
     prompt, token = make_prompt(model, VISUAL, TEXT, 1, setting.pages), torch.tensor([[30]])
     stack = prepare(setting, model, prompt.length)
@@ -81,8 +81,7 @@ def test_a_decoded_token_costs_nothing_in_the_layers(model, name):
     plain = decode()
     with stack(model, CHAT):
         found = decode()
-    # once a call: which of its tokens are visual (none) or padding, and which keys a shortened cache holds
-    assert len(found) - len(plain) < 8, sorted(set(found) - set(plain))  # layers
+    assert found == plain
 
 
 def test_the_command(monkeypatch, tmp_path):

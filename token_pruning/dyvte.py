@@ -347,12 +347,13 @@ class DyVTE(TrainedTechnique):
         if layout.roles is None and layout.visual.shape[1] > 1:
             raise InputError("DyVTE: gates find the question by token ids. Call with input_ids, not inputs_embeds.")
         if "prompts" not in view.scratch:
-            view.scratch["prompts"] = read_prompts(layout)
-        averaged, last, asked = view.scratch["prompts"]
+            averaged, last, asked = read_prompts(layout)
+            view.scratch["prompts"] = averaged, last, asked, averaged.any(dim=0).nonzero()[:, 0]
+        averaged, last, asked, columns = view.scratch["prompts"]
         facts = [layout.visual.any(dim=1).float(), asked.float()]
         if not limit:
             with torch.no_grad():
-                facts.append(view.module(gate_features(view.states(), averaged, last), done))
+                facts.append(view.module(gate_features(view.states(), averaged, last, columns), done))
             view.spend(len(told) * self.gate_flops(view.spec))
         present, asked, *scores = torch.stack(facts).tolist()  # the only wait for the device
         staying = [bool(p) and e is None for p, e in zip(present, told, strict=True)]

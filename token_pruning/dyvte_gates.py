@@ -75,10 +75,18 @@ def read_prompts(layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
     return averaged, last.clamp(min=0), (last > image) & (image >= 0)
 
 
-def gate_features(states: Tensor, averaged: Tensor, last: Tensor) -> Tensor:
-    """(B, 2, D) float32 features [a, z] of a residual stream (B, S, D)."""
+def gate_features(states: Tensor, averaged: Tensor, last: Tensor, columns: Tensor | None = None) -> Tensor:
+    """(B, 2, D) float32 features [a, z] of a residual stream (B, S, D).
+
+    Args:
+        states: the stream.
+        averaged, last: from :func:`read_prompts`.
+        columns: (C,) long, the columns in which any row has averaged text: what need not be read is left alone.
+    """
     rows = torch.arange(states.shape[0], device=states.device)
     last = states[rows, last].float()  # (B, D)
+    if columns is not None:
+        states, averaged = states[:, columns], averaged[:, columns]  # (B, C, D), (B, C)
     count = averaged.sum(dim=1, keepdim=True)  # (B, 1)
     total = states.float().masked_fill(~averaged[:, :, None], 0.0).sum(dim=1)  # (B, D)
     return torch.stack([torch.where(count > 0, total / count.clamp(min=1), last), last], dim=1)
