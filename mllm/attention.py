@@ -89,11 +89,13 @@ def attend_segments(
         for low in range(0, stop - start, _CHUNK):
             high = min(low + _CHUNK, stop - start)
             mask = torch.ones(high - low, before + high, dtype=torch.bool, device=query.device).tril(before + low)
-            if stock is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
-                mask = additive(mask, query.dtype)
-            rows = query[:, :, start + low : start + high]
-            end = before + high
-            outputs.append(stock(module, rows, keys[:, :, :end], values[:, :, :end], mask[None, None], **kwargs)[0])
+            rows, end = query[:, :, start + low : start + high], before + high
+            some_keys, some_values = keys[:, :, :end], values[:, :, :end]
+            if stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+                outputs.append(_packed(stock, module, rows, some_keys, some_values, mask, kwargs))
+                continue
+            mask = additive(mask, query.dtype)
+            outputs.append(stock(module, rows, some_keys, some_values, mask[None, None], **kwargs)[0])
     return torch.cat(outputs, dim=1)
 
 
@@ -127,6 +129,27 @@ def attend_to(
         return nothing
     out = attend_segments(stock, seeing, _ALONE, queries, keys, values, {})
     return torch.cat([nothing, out], dim=1) if blind else out
+
+
+def _packed(
+    stock: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, n, heads, head_dim): attention with one ``mask`` (n, k) for all heads. Heads that share their keys stand as
+    further rows of one head, so that keys are not repeated, which stock SDPA does beside a mask."""
+    groups = rows.shape[1] // keys.shape[1]
+    if groups == 1:
+        return stock(module, rows, keys, values, mask[None, None], **kwargs)[0]
+    batch, heads, count, head_dim = rows.shape
+    packed = rows.reshape(batch, keys.shape[1], groups * count, head_dim)
+    out = stock(_ALONE, packed, keys, values, mask.repeat(groups, 1)[None, None], **kwargs)[0]
+    out = out.unflatten(1, (groups, count))  # (B, groups, n, kv_heads, head_dim)
+    return out.permute(0, 2, 3, 1, 4).reshape(batch, count, heads, head_dim)
 
 
 def _pick(states: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:

@@ -103,6 +103,7 @@ class Reuse:
                 start = stop
         # (M,) flat numbers of the rows to compute; None: all of them
         self.missing = None if not self.known else missing.nonzero()[:, 0].to(states.device)
+        self.covered = sum(stop - start for _, start, stop in self.known) == missing.numel()
 
     def _find(self, row: int, start: int, stop: int, parts: tuple[Tensor, ...], missing: Tensor) -> None:
         digest = hashlib.blake2b(digest_size=16)
@@ -128,6 +129,10 @@ class Reuse:
 
         States of known pictures stay as they were: nothing reads them again.
         """
+        if self.covered:  # nothing to compute, nothing to fill up
+            held = (torch.cat([entry.layers[layer][n] for entry, _, _ in self.known], dim=1) for n in (0, 1))
+            keys, values = (part.unflatten(1, (self.batch, self.width)).transpose(0, 1) for part in held)
+            return keys, values, states
         if self.missing is None:
             keys, values, states = compute(states, rotary)
         elif self.computed:
