@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 STEP = "mllm_step"  # keyword that carries the step down to the layers and their attention
 NAMES = {"sdpa": "mllm_sdpa", "eager": "mllm_eager"}
 _ALONE = SimpleNamespace()  # stands in for the attention module where there is none: one key head for each query head
+_FEW = 8  # keys in front of a segment are few where it has so many times their rows
 _CHUNK = 512  # rows for which a mask is made at a time: memory grows with the length, not with its square
 
 
@@ -83,8 +84,11 @@ def attend_segments(
                 stock(module, query[:, :, start:stop], keys, values, None, **{**kwargs, "is_causal": False})[0]
             )
             continue
-        if before == 0 and stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:  # a square block: no mask means causal
-            outputs.append(stock(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
+        if stock is ALL_ATTENTION_FUNCTIONS["sdpa"] and before * _FEW <= stop - start:
+            # a square block: no mask means causal; a few rows put in front make one, and cost less than a mask
+            rows = query[:, :, start:stop]
+            rows = torch.cat([rows[:, :, :before], rows], dim=2) if before else rows
+            outputs.append(stock(module, rows, keys, values, None, **kwargs)[0][:, before:])
             continue
         for low in range(0, stop - start, _CHUNK):
             high = min(low + _CHUNK, stop - start)

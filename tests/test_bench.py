@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from mllm.cli import app
 from mllm.cost import ARCHITECTURES, ModelSpec
 from mllm.errors import ConfigError
-from mllm.eval.bench import read_rows, run_bench
+from mllm.eval.bench import Row, read_rows, run_bench
 from mllm.eval.bench_model import CHAT, SETTINGS, build_model, make_prompt, prepare, twin
 from mllm.eval.bench_oracle import Bare
+from mllm.eval.bench_report import targets
 from mllm.versions import CACHE
 
 SPEC = ModelSpec(8, 64, 128, 4, 2, 16)
@@ -102,6 +103,33 @@ def test_the_command(monkeypatch, tmp_path):
     assert "| toy | 1 | 60 | prefill | urag_20_to_5 |" in (tmp_path / "bench.md").read_text()
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["matmul_gflops"] > 0
+
+
+def test_targets_name_the_rows_that_miss_them():
+    def row(setting: str, visual: int, phase: str = "prefill", **measured) -> Row:
+        common = {"technique_ms": 50.0, "plain_ms": 100.0, "text_only_ms": 40.0, "speedup": 2.0, "predicted": 2.0}
+        measured = common | {"realised_over_oracle": 1.0, "realised_over_predicted": 1.0} | measured
+        return Row("toy", 8, "sdpa", "float32", "cpu", setting, phase, visual, 80, 1, **measured)
+
+    rows = [
+        row("exit_half", 2880, realised_over_predicted=0.949),
+        row("exit_half", 576, realised_over_predicted=0.5),  # no target there
+        row("mma", 2880, realised_over_oracle=0.9, predicted=1.0, realised_over_predicted=0.8),  # saves nothing
+        row("neutral", 576, speedup=0.98, predicted=1.0),
+        row("naavit_reuse", 576, technique_ms=45.0),
+        # three quarters of the pictures' 60 ms are gone, and half of their 9,920 of 10,000 tokens' bytes
+        row("exit_half", 9920, "decode", technique_ms=55.0, dense_kv_bytes=10_000, kv_bytes=10_000 - 4960),
+        row("exit_half", 10_000, "decode", plain_ms=None, technique_ms=None, speedup=None),  # left out
+    ]
+    lines = targets(rows).splitlines()
+    found = {line.split(" | ")[0].lstrip("| "): line.split(" | ")[1:] for line in lines[2:]}
+    assert found["realised / oracle, prefill"][1:] == ["1.00", "0.90", "mma at 2880: 0.90 |"]
+    assert found["realised / predicted, prefill, 2,880 visual tokens and more"][3] == "- |"  # 0.949 is shown as 0.95
+    assert found["realised / predicted, prefill, fewer"] == ["-", "0.75", "0.50", "- |"]
+    assert found["a neutral technique: plain / its time"][3] == "neutral at 576: 0.98 |"
+    assert found["a second question on kept pictures: text alone / its time"][3] == "naavit_reuse at 576: 0.89 |"
+    (decode,) = (cells for what, cells in found.items() if what.startswith("decode, 10,000"))
+    assert decode == [">= 1.00", "1.50", "1.50", "- |"]
 
 
 @pytest.mark.parametrize(
