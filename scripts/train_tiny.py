@@ -72,6 +72,7 @@ class Stage:
         dense: pictures with dense labels in each step, beside the questions.
         tower_rate: learning rate of tower and projector as a share of ``rate``; 0 freezes them.
         rows: rows of 512 tokens in a batch.
+        early: tokens before an answer that are to say its first token already.
     """
 
     name: str
@@ -83,13 +84,14 @@ class Stage:
     tower_rate: float = 0.0
     rows: int = 5
     last: float = 0.1
+    early: int = 0
 
 
 _EASY = {"grids": 0.5, "characters": 0.2, "talk": 0.05, "album": 0.1, "spelling": 0.1, "words": 0.05}
 _ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.06, "album": 0.1, "pages": 0.06, "spelling": 0.14, "words": 0.1}
 STAGES = (
     Stage("tower", 2400, 1e-3, dense=40, last=0.02),
-    Stage("look up", 2500, 1e-3, _EASY, pools=(4,), last=0.8),
+    Stage("look up", 2500, 1e-3, _EASY, pools=(4,), last=0.8, early=3),
     Stage("joint", 600, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.08),
 )
 #: texts are lost where their characters are averaged
@@ -161,13 +163,12 @@ def build_processor(tokenizer: Any) -> Any:
     )
 
 
-def build_model(tokenizer: Any, seed: int = 0, match: bool = True) -> Any:
+def build_model(tokenizer: Any, seed: int = 0) -> Any:
     """The untrained model.
 
     Args:
         tokenizer: its tokenizer.
         seed: of the weights.
-        match: let queries and keys start equal.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -207,10 +208,11 @@ def build_model(tokenizer: Any, seed: int = 0, match: bool = True) -> Any:
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
-            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            attention = layer.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+            for linear in (attention.o_proj, layer.mlp.down_proj):
                 linear.weight *= 0.3  # what 6 layers add starts no larger than what is there
-            if match:
-                layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -348,7 +350,9 @@ class Packer:
             lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         )
 
-    def sample(self, sample: Sample, pool: int, images: bool = True, chat: bool = False) -> tuple[list, ...]:
+    def sample(
+        self, sample: Sample, pool: int, images: bool = True, chat: bool = False, early: int = 0
+    ) -> tuple[list, ...]:
         """Ids, positions, segments, targets of a sample, and (kind, columns) of its questions.
 
         Segment 0 are the pictures, which all questions see; each question has its own, but in a chat.
@@ -377,13 +381,16 @@ class Packer:
             start += len(new)
             segments += [1 if chat else number + 1] * len(new)
             said = [*answer, self.end]
-            targets += [IGNORED] * (len(head) + len(question)) + said + [IGNORED]
+            hints = min(early, len(question))
+            targets += [IGNORED] * (len(head) + len(question) - hints) + said[:1] * hints + said + [IGNORED]
             questions.append((turn.kind, list(range(first, first + len(said)))))
         return ids, positions, segments, targets, questions
 
-    def pack(self, samples: list[tuple[Sample, int]], images: bool = True, width: int = ROW_TOKENS) -> Packed:
+    def pack(
+        self, samples: list[tuple[Sample, int]], images: bool = True, width: int = ROW_TOKENS, early: int = 0
+    ) -> Packed:
         """Lay samples end to end, first fit; a sample longer than a row widens all rows."""
-        parts = [self.sample(s, pool, images, s.source == "talk") for s, pool in samples]
+        parts = [self.sample(s, pool, images, s.source == "talk", early) for s, pool in samples]
         width = max(width, max(len(part[0]) for part in parts))
         rows: list[list[int]] = []
         room: list[int] = []
@@ -490,7 +497,7 @@ def make_batch(packer: Packer, stage: Stage, seed: object) -> Packed:
         sample = next(SOURCES[source]("train", f"{stage.name}/{seed}/{len(samples)}", 1))
         left -= len(packer.sample(sample, pool)[0])
         if left < 0 and samples:
-            return packer.pack(samples)
+            return packer.pack(samples, early=stage.early)
         samples.append((sample, pool))
 
 
