@@ -3,7 +3,7 @@
 # make demo   chat with the default model in the browser, with and without techniques   (DEMO="--port 8000")
 PYTHON ?= python3
 OUT ?= runs/default
-# questions a task: as many as fit into 8 minutes on 2 cores without bfloat16, most where the default model is able
+# questions a task: a few minutes in all on 2 cores, most where the default model is able
 LIMIT ?= mllm_vqa=32,mllm_caption=8,mllm_reading=12,mllm_docqa=6,mllm_text=6
 BATCH ?= 2
 TASKS ?= mllm_vqa,mllm_caption,mllm_reading,mllm_docqa,mllm_text
