@@ -49,13 +49,19 @@ def targets(rows: Sequence[Row]) -> str:
             1.0,
         ),
     ]
+
+    def size(row: Row) -> str:
+        own = f"{row.visual_tokens}"
+        own += f" x {row.batch}" if len({row.batch for row in done}) > 1 else ""
+        return own + (f" ({row.arch})" if len({row.arch for row in done}) > 1 else "")
+
     lines = ["| what | target | median | lowest | missed |", "|---|---|---|---|---|"]
     for what, measured, least in found:
         if not measured:
             continue
         values = [value for _, value in measured]
         missed = [] if least is None else [(row, value) for row, value in measured if round(value, 2) < round(least, 2)]
-        told = ", ".join(f"{row.setting} at {row.visual_tokens}: {value:.2f}" for row, value in missed) or "-"
+        told = ", ".join(f"{row.setting} at {size(row)}: {value:.2f}" for row, value in missed) or "-"
         lines.append(
             f"| {what} | {'-' if least is None else f'>= {least:.2f}'} | {statistics.median(values):.2f} | "
             f"{min(values):.2f} | {told} |"
