@@ -306,7 +306,7 @@ class DyVTE(TrainedTechnique):
         read = layout.valid & (torch.arange(width, device=image.device) <= last[:, None])  # (B, S)
         facts = torch.cat([layout.ids, read.long(), image[:, None], image_marks(view.states(), layout.visual)], dim=1)
         exits: list[int | None] = []
-        for row in facts.tolist():  # the only wait for the device
+        for row in facts.tolist():  # a gate's only wait for the device
             ids = [token for token, counts in zip(row[:width], row[width : 2 * width], strict=True) if counts]
             image, *marks = row[2 * width :]
             digest = hashlib.blake2b(repr((self.seed, ids, marks)).encode(), digest_size=8).digest()
@@ -355,7 +355,7 @@ class DyVTE(TrainedTechnique):
             with torch.no_grad():
                 facts.append(view.module(gate_features(view.states(), averaged, last, columns), done))
             view.spend(len(told) * self.gate_flops(view.spec))
-        present, asked, *scores = torch.stack(facts).tolist()  # the only wait for the device
+        present, asked, *scores = torch.stack(facts).tolist()  # a gate's only wait for the device
         staying = [bool(p) and e is None for p, e in zip(present, told, strict=True)]
         going = staying
         if not limit:
