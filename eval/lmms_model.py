@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Record:
         new_tokens: tokens generated, up to the end-of-text token.
         decode_s: its share of the time after the first token.
         flops, dense_flops, kv_bytes, dense_kv_bytes: its share of the run's.
+        decisions: what techniques decided about it, by technique: the layer it left after, the pages that stayed...
     """
 
     text: str | None = None
@@ -48,6 +49,7 @@ class Record:
     dense_flops: float = 0.0
     kv_bytes: float = 0.0
     dense_kv_bytes: float = 0.0
+    decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -218,7 +220,7 @@ class MllmLmms(lmms):
         report, rows = run.report(), len(batch)
         decode = clock.times[-1] - clock.times[0] if clock.times else 0.0
         records = []
-        for request, ids in zip(batch, new, strict=True):
+        for row, (request, ids) in enumerate(zip(batch, new, strict=True)):
             text = self.processor.decode(ids, skip_special_tokens=True)
             for stop in request.until:
                 text = text.split(stop)[0]
@@ -232,6 +234,7 @@ class MllmLmms(lmms):
                     dense_flops=report.dense_flops / rows,
                     kv_bytes=report.kv_bytes / rows,
                     dense_kv_bytes=report.dense_kv_bytes / rows,
+                    decisions={name: _of_row(told, row, rows) for name, told in run.outputs.items()},
                 )
             )
         return records
@@ -268,3 +271,20 @@ class MllmLmms(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise EvalError("Tasks of several rounds are not supported yet; choose a single-round task.")
+
+
+def _of_row(told: Any, row: int, rows: int) -> Any:
+    """What a technique told about one row of its batch, as JSON holds it: lists of one entry a row, also in mappings.
+
+    Tensors of hidden size and what is told for the batch as a whole is left out.
+    """
+    found = {}
+    for name, value in told.items():
+        if isinstance(value, dict):
+            found |= {str(name): inner} if (inner := _of_row(value, row, rows)) else {}
+        elif isinstance(value, (list, tuple)) and len(value) == rows:
+            entry = value[row]
+            if isinstance(entry, torch.Tensor):
+                entry = entry.tolist()
+            found[str(name)] = sorted(entry) if isinstance(entry, (set, frozenset)) else entry
+    return found

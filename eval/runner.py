@@ -26,13 +26,13 @@ from mllm.eval import results
 from mllm.eval.stats import interval
 from mllm.eval.tasks import manifest, task_folder
 from mllm.inputs import chat_inputs
-from mllm.loading import load, pick_device, pick_dtype
+from mllm.loading import TINY, load, pick_device, pick_dtype
 from mllm.timing import PeakMemory, percentile
 
 
 def run_grid(
-    models: Sequence[str],
-    configs: Sequence[str | Path],
+    models: Sequence[str] | Mapping[str, str | Path],
+    configs: Sequence[str | Path | Config],
     tasks: Sequence[str],
     out_dir: str | Path,
     limit: int | Mapping[str, int] | None = None,
@@ -48,8 +48,8 @@ def run_grid(
     Under ``accelerate launch`` the samples are shared out between processes; the first one writes.
 
     Args:
-        models: names for :func:`mllm.load`.
-        configs: config files.
+        models: names for :func:`mllm.load`; or a mapping to them from the names that the results shall have.
+        configs: config files, or configs in memory.
         tasks: lmms-eval task names, ours or built-in ones.
         out_dir: gets ``cells/*.json`` and ``results.json``.
         limit: samples per task, or of each task by its name; all without.
@@ -75,7 +75,8 @@ def run_grid(
         if number is not None and number < 1:
             raise EvalError(f"limit={number}: at least one sample per task is needed. Leave it out for all.")
     out = Path(out_dir)
-    loaded_configs = [load_config(path) for path in configs]
+    sources = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
+    loaded_configs = [config if isinstance(config, Config) else load_config(config) for config in configs]
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -96,22 +97,22 @@ def run_grid(
     with _quiet():
         manager = _task_manager(tasks, include_path)
     cells = []
-    total = len(models) * len(loaded_configs) * len(tasks)
+    total = len(sources) * len(loaded_configs) * len(tasks)
     # a bar that is closed leaves its line to an error's message
     with tqdm(total=total, desc="cells", disable=not first, file=sys.stderr) as bar:
-        for name in models:
+        for name, source in sources.items():
             model = None  # loaded when the first cell needs it
             # configs of a task follow each other, so that their times are taken under the same conditions
             for task in tasks:
                 for config in loaded_configs:
                     samples = limits.get(task)
-                    key = _key(name, config, task, samples, batch_size, shared, include_path)
+                    key = _key(str(source), config, task, samples, batch_size, shared, include_path)
                     path = results.cell_path(out, name, config.name, task)
                     bar.set_postfix_str(f"{config.name}, {task}")
                     cell = _agree(results.read_cell(path) if first else None)
                     if cell is None or cell["key"] != key:
                         if model is None:
-                            model = load(name, attn=attn, dtype=dtype, device=_local(device))
+                            model = load(source, attn=attn, dtype=dtype, device=_local(device))
                             _warm_up(*model)
                         cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager)
                         if first:
@@ -142,8 +143,11 @@ def _key(
         from mllm.default_model import PROJECTOR
 
         parts["weights"] = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()
-    if task in manifest():
-        parts["data"] = manifest()[task]["sha256"]
+    elif (folder := TINY if model == "tiny" else Path(model)).is_dir():
+        files = sorted(folder.glob("*.safetensors"))  # trained again in place: other weights under the same name
+        parts["weights"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if data := manifest().get(task):
+        parts["data"] = data["sha256"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -304,6 +308,8 @@ def _score(
                 "answer": record["text"],
                 "score": value if record["error"] is None and isinstance(value, (int, float)) else None,
                 "error": record["error"],
+                **({"decisions": record["decisions"]} if record["decisions"] else {}),
+                "flops": record["flops"],
             }
         )
         if record["error"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mllm import drawn
+from mllm import drawn, puzzles
 from mllm.errors import ConfigError, InputError
 from mllm.inputs import encode, open_image
 from mllm.roles import ChatFormat
 
 #: where a picture stands in a question of a LLaVA-style file, whatever the model's own token is
 PLACEHOLDER = "<image>"
+#: what can be drawn, by name: generators of samples, see :mod:`mllm.drawn`
+SOURCES = drawn.DRAWN | puzzles.PUZZLES
 #: label of tokens that are not learned
 IGNORED = -100
 
@@ -67,7 +69,11 @@ class Chat:
     @classmethod
     def from_sample(cls, sample: drawn.Sample, name: str = "") -> Chat:
         """A drawn sample as a chat."""
-        turns = tuple((turn.question, turn.answer) for turn in sample.turns)
+        turns = [(turn.question, turn.answer) for turn in sample.turns]
+        if sample.shown_at:
+            question, answer = turns[sample.shown_at]
+            turns[sample.shown_at] = PLACEHOLDER * len(sample.images) + question, answer
+        turns = tuple(turns)
         return cls(turns, sample.images, None if sample.evidence is None else (sample.evidence,), name or sample.group)
 
     def open_images(self) -> list[Image.Image]:
@@ -253,14 +259,24 @@ class Chats(Protocol):
 
 @dataclass(frozen=True)
 class DrawnChats:
-    """Chats about drawn pictures, each drawn when it is asked for."""
+    """Chats about drawn pictures, each drawn when it is asked for.
+
+    Attributes:
+        name: one of :data:`SOURCES`.
+        split: ``"train"`` or ``"test"``.
+        seed: of the drawing.
+        turns: questions a chat has at most; None: as many as the source asks.
+    """
 
     name: str
     split: str = "train"
     seed: int = 0
+    turns: int | None = None
 
     def __getitem__(self, number: int) -> Chat:
-        sample = next(drawn.DRAWN[self.name](self.split, f"{self.seed}/{number}", 1))
+        sample = next(SOURCES[self.name](self.split, f"{self.seed}/{number}", 1))
+        turns = sample.turns[: self.turns]
+        sample = replace(sample, turns=turns, shown_at=min(sample.shown_at, len(turns) - 1))
         return Chat.from_sample(sample, f"{self.name} {number}")
 
 
@@ -297,8 +313,8 @@ def open_chats(data: str | Path, seed: int = 0, split: str | None = None, images
     """Chats to train on, without end.
 
     Args:
-        data: a file for :func:`read_chats`, or ``scenes``, ``reading``, ``documents``, ``pages`` or ``text``, drawn;
-            several, separated by commas, take turns.
+        data: a file for :func:`read_chats`, or one of :data:`SOURCES`, drawn; several, separated by commas, take turns.
+            ``NAME:N`` leaves chats that are drawn at most N questions: ``grids:1``.
         seed: of the drawing and the order.
         split: ``"train"`` or ``"test"``: sides that share nothing, for held-out measurements. Of a file, the test side
             is a tenth of the records, told by what they say. None: all of a file, the training side of what is drawn.
@@ -312,13 +328,14 @@ def open_chats(data: str | Path, seed: int = 0, split: str | None = None, images
         raise ConfigError(f"split={split!r} is not one of: {', '.join(drawn.SPLITS)}.")
     parts: list[Chats] = []
     for name in [part.strip() for part in str(data).split(",") if part.strip()]:
-        if name in drawn.DRAWN:
-            parts.append(DrawnChats(name, split or "train", seed))
+        source, colon, turns = name.partition(":")
+        if source in SOURCES and (not colon or (turns.isdecimal() and int(turns))):
+            parts.append(DrawnChats(source, split or "train", seed, int(turns) if colon else None))
             continue
         if not Path(name).exists():
             raise ConfigError(
-                f"data={name!r} is neither a file nor one of: {', '.join(drawn.DRAWN)}. Give a LLaVA-style .json or "
-                ".jsonl file, or one of these."
+                f"data={name!r} is neither a file nor one of: {', '.join(SOURCES)}. Give a LLaVA-style .json or "
+                ".jsonl file, or one of these, with the most questions a chat may have behind it if you like: grids:1."
             )
         chats = read_chats(name, images)
         if split is not None:
@@ -328,5 +345,5 @@ def open_chats(data: str | Path, seed: int = 0, split: str | None = None, images
             raise InputError(f"{name} has no record on its {split} side: it has too few records to be divided.")
         parts.append(ShuffledChats(tuple(chats), seed))
     if not parts:
-        raise ConfigError(f"data={str(data)!r} names no data. Give a file, or one of: {', '.join(drawn.DRAWN)}.")
+        raise ConfigError(f"data={str(data)!r} names no data. Give a file, or one of: {', '.join(SOURCES)}.")
     return parts[0] if len(parts) == 1 else MixedChats(tuple(parts))

@@ -112,7 +112,9 @@ def fetch_default_model(
 def evaluate(
     tasks: Annotated[str, typer.Option(help="Task names, separated by commas.")],
     out: Annotated[Path, typer.Option(help="Result folder; finished cells in it are reused.")],
-    model: Annotated[list[str] | None, typer.Option(help="'default', a folder or a hub name; repeatable.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="'default', 'tiny', a folder or a hub name; repeatable.")
+    ] = None,
     configs: Annotated[list[Path] | None, typer.Option(help="Config files; repeatable, or list them.")] = None,
     more_configs: Annotated[list[Path] | None, typer.Argument(help="More config files.", show_default=False)] = None,
     limit: Annotated[
@@ -185,7 +187,7 @@ def _write_report(folder: Path) -> None:
 def measure_command(
     configs: Annotated[list[Path], typer.Argument(help="Config files; the first is what the others compare with.")],
     image: Annotated[Path, typer.Option(help="A picture.")],
-    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    model: Annotated[str, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = "default",
     prompt: Annotated[str, typer.Option(help="The question.")] = "What is in the picture?",
     batch_size: Annotated[int, typer.Option(help="Copies of the prompt in the batch.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
@@ -215,7 +217,7 @@ def measure_command(
 @app.command("train")
 def train_command(
     name: Annotated[str, typer.Argument(help="A trainable technique, such as dyvte; `mllm list` shows them.")],
-    model: Annotated[str | None, typer.Option(help="'default', a folder or a hub name.")] = None,
+    model: Annotated[str | None, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -267,7 +269,7 @@ def train_command(
 
 @app.command("demo")
 def demo_command(
-    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    model: Annotated[str, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = "default",
     host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can reach it.")] = (
         "127.0.0.1"
     ),
@@ -321,7 +323,7 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, object]:
 @app.command()
 def analyze(
     out: Annotated[Path, typer.Option(help="Result folder; finished samples in it are reused.")],
-    model: Annotated[str, typer.Option(help="'default', a folder or a hub name.")] = "default",
+    model: Annotated[str, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = "default",
     samples: Annotated[int, typer.Option(help="Samples to measure.")] = 32,
     task: Annotated[str | None, typer.Option(help="Offline task to take samples from; mllm_vqa without.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures, instead of a task.")] = None,
@@ -416,6 +418,37 @@ def bench(
         typer.echo(table(rows))
     for name in ("json", "md", "png"):
         typer.echo(out / f"bench.{name}", err=True)
+
+
+@app.command()
+def claims(
+    out: Annotated[Path, typer.Option(help="Result folder; what is in it already is not measured again.")],
+    claim: Annotated[
+        list[str] | None, typer.Option(help="dyvte, naavit, mma, lorra, urag or static; repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Questions of a task.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
+    parts: Annotated[Path | None, typer.Option(help="Folder of trained parts; those of the package without.")] = None,
+    retrain: Annotated[bool, typer.Option(help="Train every part anew first, into OUT/parts.")] = False,
+    commands: Annotated[bool, typer.Option(help="Only print the commands that train the parts.")] = False,
+) -> None:
+    """Measure the papers' headline claims on the model tiny and print the table.
+
+    Example: mllm claims --out runs/claims
+    """
+    from mllm.eval.claims import PARTS, PARTS_FOLDER, run_claims, table, train_parts
+
+    folder = out / "parts" if retrain or commands else parts or PARTS_FOLDER
+    if commands:
+        for part in PARTS.values():
+            for seed in part.seeds:
+                typer.echo(part.command(folder, seed))
+        return
+    if retrain:
+        train_parts(folder)
+    typer.echo(table(run_claims(out, folder, claim or (), limit, batch_size)))
+    for name in ("md", "json"):
+        typer.echo(out / f"claims.{name}", err=True)
 
 
 def _names(text: str) -> list[str]:

@@ -44,6 +44,7 @@ class Sample:
         source: openclipart, noto-emoji, scene, reading, document or text.
         group: what must not be split between training and test: a concept, a font, a document.
         evidence: for documents, the index of the page that holds the answer to the first question.
+        shown_at: in a chat, the index of the turn that the pictures come with.
     """
 
     images: tuple[Image.Image, ...]
@@ -51,6 +52,7 @@ class Sample:
     source: str
     group: str
     evidence: int | None = None
+    shown_at: int = 0
 
 
 def side(group: str, test_share: float = 0.2) -> str:

@@ -14,6 +14,8 @@ from mllm.families import FAMILIES, find_parts
 
 ATTENTION_BACKENDS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 _ADAPTER = "adapter_config.json"
+#: the model ``tiny``, which comes with this package
+TINY = Path(__file__).parent / "weights" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,9 +54,10 @@ def load(
     """Load a supported multimodal model and its processor, both stock transformers objects.
 
     Args:
-        name_or_path: a model folder, a hub name, or ``"default"``: the model that comes with this package, prepared
-            on first use (``mllm fetch-default`` does it beforehand). A folder with a LoRA adapter, as fine-tuning
-            writes it, loads the model that the adapter names and merges the adapter into it.
+        name_or_path: a model folder, a hub name, or a model that comes with this package: ``"default"``, prepared on
+            first use (``mllm fetch-default`` does it beforehand), or ``"tiny"``, which is small enough to be committed
+            and knows drawn pictures only. A folder with a LoRA adapter, as fine-tuning writes it, loads the model that
+            the adapter names and merges the adapter into it.
         attn: attention backend, ``"sdpa"`` (the default) or ``"eager"``; the techniques of this version are exact on
             these two and refuse others.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware has it,
@@ -88,10 +91,14 @@ def load(
         from mllm.default_model import fetch_default
 
         source = str(fetch_default())
+    elif source == "tiny":
+        source = str(TINY)
     if Path(source).is_dir():
         _check_folder(Path(source))
     elif Path(source).exists() or Path(source).is_absolute() or source.startswith("."):
-        raise LoadError(f"{source} is not a model folder. Give a folder with a config.json, a hub name, or 'default'.")
+        raise LoadError(
+            f"{source} is not a model folder. Give a folder with a config.json, a hub name, 'default' or 'tiny'."
+        )
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

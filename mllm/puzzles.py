@@ -39,6 +39,8 @@ CHANCE = {
     "pair": 1 / 2,
     "same": 1 / 2,
     "beside": 1 / 2,
+    "choice": 1 / 2,
+    "list": 0.0,
     "character at": 1 / 33,
     "character where": 1 / 9,
     "character color": 1 / 8,
@@ -200,6 +202,13 @@ def shape_turns(rng: random.Random, picture: Picture) -> list[Turn]:
         absent = [(c, thing.glyph) for c in COLORS if (c, thing.glyph) not in pairs]
     color, shape = rng.choice(sorted(absent))
     turns.append(Turn(f"Is there a {color} {shape}?", "no", kind="pair"))
+    thing = rng.choice(things)
+    options = [thing.glyph, rng.choice([shape for shape in SHAPES if shape != thing.glyph])]
+    rng.shuffle(options)
+    question = f"Is the shape at the {thing.place} a {options[0]} or a {options[1]}?"
+    turns.append(Turn(question, thing.glyph, kind="choice"))
+    in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
+    turns.append(Turn("What is in the picture?", ", ".join(f"{t.color} {t.glyph}" for t in in_order), kind="list"))
     single = [things[k] for k in _once(shapes)]
     if len(single) >= 2:
         one, other = rng.sample(single, 2)
@@ -322,10 +331,39 @@ def album(split: str, rng: random.Random) -> tuple[list[Picture], list[Turn], st
     return pictures, turns, group
 
 
+def page(rng: random.Random, shape: str, color: str, number: str, font: str) -> Picture:
+    """A page with a shape above, lines of text too small to read, and a number below."""
+    image, draw = _canvas(rng)
+    thing = _draw_in_cell(draw, rng, shape, color, 1, rng.randint(1, GRID), font)
+    for line in range(3):
+        words = " ".join(rng.choice(WORDS) for _ in range(4))
+        draw.text((6, 35 + 8 * line), words, font=_font(font, 8), fill="#777777")
+    return Picture(image, (thing, *_draw_word(draw, number, font, "black", 48, 78, 60, 30)))
+
+
+def page_turns(rng: random.Random, pages: list[Picture]) -> list[tuple[Turn, int]]:
+    """Questions about a document, each with the index of the page that answers it.
+
+    A page is asked for by its shape where no other page has it, by colour and shape where no other has both.
+    """
+    shapes, colors = [p.things[0].glyph for p in pages], [p.things[0].color for p in pages]
+    names = [shape if shapes.count(shape) == 1 else f"{c} {shape}" for c, shape in zip(colors, shapes, strict=True)]
+    once = _once(names)
+    asked = []
+    for k in rng.sample(once, min(3, len(once))):
+        number = "".join(thing.glyph for thing in pages[k].things[1:])
+        asked.append((Turn(f"Which page shows a {names[k]}?", f"page {k + 1}", (str(k + 1),), "page"), k))
+        asked.append((Turn(f"Which number is on the page with the {names[k]}?", number, kind="page number"), k))
+    for k in rng.sample(range(len(pages)), 2):
+        asked.append((Turn(f"What color is the shape on page {k + 1}?", colors[k], kind="page color"), k))
+    rng.shuffle(asked)
+    return asked
+
+
 def document(
     split: str, rng: random.Random, pages: tuple[int, ...] = (2, 3, 4)
 ) -> tuple[list[Picture], list[tuple[Turn, int]], str]:
-    """Pages with a shape above, lines of text too small to read, and a number below; each question with its page."""
+    """Pages, questions about them, each with its page, and the group."""
     while True:
         count = rng.choice(pages)
         shapes = rng.sample(SHAPES, min(count, len(SHAPES)))
@@ -336,24 +374,9 @@ def document(
         if side(group) == split:
             break
     font = rng.choice(fonts(split))
-    drawn = []
-    for shape, color, number in zip(shapes, colors, numbers, strict=True):
-        image, draw = _canvas(rng)
-        thing = _draw_in_cell(draw, rng, shape, color, 1, rng.randint(1, GRID), font)
-        for line in range(3):
-            words = " ".join(rng.choice(WORDS) for _ in range(4))
-            draw.text((6, 35 + 8 * line), words, font=_font(font, 8), fill="#777777")
-        written = _draw_word(draw, number, font, "black", 48, 78, 60, 30)
-        drawn.append(Picture(image, (thing, *written)))
-    once = _once(shapes)
-    asked = []
-    for k in rng.sample(once, min(2, len(once))):
-        asked.append((Turn(f"Which page shows a {shapes[k]}?", f"page {k + 1}", (str(k + 1),), "page"), k))
-        asked.append((Turn(f"Which number is on the page with the {shapes[k]}?", numbers[k], kind="page number"), k))
-    for k in rng.sample(range(count), 2):
-        asked.append((Turn(f"What color is the shape on page {k + 1}?", colors[k], kind="page color"), k))
-    rng.shuffle(asked)
-    return drawn, asked, group
+    things = zip(shapes, colors, numbers, strict=True)
+    drawn = [page(rng, shape, color, number, font) for shape, color, number in things]
+    return drawn, page_turns(rng, drawn), group
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -402,30 +425,50 @@ def album_samples(split: str, seed: object, n: int, limit: int = 16) -> Iterator
         yield Sample(tuple(p.image for p in pictures), _few(rng, turns, limit), "album", group)
 
 
-def page_samples(
+def leaflet_samples(
     split: str, seed: object, n: int, limit: int = 16, pages: tuple[int, ...] = (2, 3, 4)
 ) -> Iterator[Sample]:
     """Documents with an evidence page, which is that of the first question."""
-    rng = rng_for("pages", split, seed)
+    rng = rng_for("leaflets", split, seed)
     for _ in range(n):
         drawn, asked, group = document(split, rng, pages)
         asked = asked[:limit]
-        yield Sample(tuple(p.image for p in drawn), tuple(turn for turn, _ in asked), "pages", group, asked[0][1])
+        yield Sample(tuple(p.image for p in drawn), tuple(turn for turn, _ in asked), "leaflet", group, asked[0][1])
 
 
-def talk_samples(split: str, seed: object, n: int) -> Iterator[Sample]:
-    """A question about a shape, then one about ``it``, then a word about something else: turns of one chat."""
+def booklet_samples(
+    split: str, seed: object, n: int, limit: int = 16, pages: tuple[int, ...] = (5, 8, 10, 14, 20)
+) -> Iterator[Sample]:
+    """The documents of :func:`leaflet_samples`, with more pages."""
+    yield from leaflet_samples(split, f"long {seed}", n, limit, pages)
+
+
+def _talk(split: str, rng: random.Random) -> tuple[Picture, list[Turn]]:
+    """A picture and two turns: which shape has a colour, and where *it* is."""
+    while True:
+        picture = shape_grid(split, rng, rng.randint(2, 5))
+        if once := _once([t.color for t in picture.things]):
+            break
+    thing = picture.things[rng.choice(once)]
+    first = Turn(f"Which shape is {thing.color}?", thing.glyph, kind="shape")
+    return picture, [first, Turn("Where is it?", thing.place, kind="it")]
+
+
+#: turns of a chat: T asks for text alone, V about the picture that comes with the first V
+PATTERNS = ("T", "TT", "TTT", "TTV", "TV", "V", "VV", "VTV")
+
+
+def talk_samples(split: str, seed: object, n: int, patterns: tuple[str, ...] = PATTERNS) -> Iterator[Sample]:
+    """Chats in which questions about words and about a picture follow each other, as a pattern says."""
     rng = rng_for("talk", split, seed)
-    for _ in range(n):
-        while True:
-            picture = shape_grid(split, rng, rng.randint(2, 5))
-            colors = [t.color for t in picture.things]
-            if once := _once(colors):
-                break
-        thing = picture.things[rng.choice(once)]
-        first = Turn(f"Which shape is {thing.color}?", thing.glyph, kind="shape")
+    for number in range(n):
+        pattern = rng.choice(patterns)
+        words = (sample.turns[0] for sample in word_samples(split, f"talk/{seed}/{number}", len(pattern)))
+        picture, seen = _talk(split, rng)
+        turns = [next(words) if letter == "T" else seen.pop(0) for letter in pattern]
+        images = (picture.image,) if "V" in pattern else ()
         yield Sample(
-            (picture.image,), (first, Turn("Where is it?", thing.place, kind="it")), "talk", _group("grid", picture)
+            images, tuple(turns), f"talk {pattern}", _group("grid", picture), shown_at=max(0, pattern.find("V"))
         )
 
 
@@ -474,7 +517,8 @@ PUZZLES: dict[str, Callable[..., Iterator[Sample]]] = {
     "characters": character_samples,
     "spelling": spelling_samples,
     "album": album_samples,
-    "pages": page_samples,
+    "leaflets": leaflet_samples,
+    "booklets": booklet_samples,
     "talk": talk_samples,
     "words": word_samples,
 }

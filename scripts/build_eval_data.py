@@ -1,6 +1,7 @@
-"""Build the data of the offline tasks from the test side of ``data_sources.py``: the same bytes every time.
+"""Build the data of the offline tasks from the test side of ``data_sources.py`` and of ``mllm/puzzles.py``.
 
-    python scripts/build_eval_data.py --out eval/tasks/data
+    python scripts/build_eval_data.py --out eval/tasks/data                      # the same bytes every time
+    python scripts/build_eval_data.py --out eval/tasks/data --tasks puzzle       # those whose names begin so
 
 Writes one Parquet file a task and ``data.json``: checksums, sizes, and what replies score that do not look at the
 pictures. Kinds of questions take turns, and so do the answers within a kind, so that every ``--limit`` has its share of
@@ -15,18 +16,41 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data_sources import CATEGORIES, SOURCES  # isort: skip  (beside this file)
 
-from mllm.drawn import COLORS, SHAPES, Sample, Turn, rng_for
+from mllm.drawn import COLORS, SHAPES, Sample, Turn, fonts, rng_for, side
 from mllm.eval.tasks import task_folder
-from mllm.eval.tasks.scoring import content_f1, is_right, words
+from mllm.eval.tasks.scoring import content_f1, is_right, item_f1, words
+from mllm.puzzles import PUZZLES, page, page_turns, talk_samples
 
 SEED = 1
 #: questions of each kind in a task
 PER_KIND = {"mllm_vqa": 25, "mllm_caption": 60, "mllm_reading": 30, "mllm_docqa": 40, "mllm_text": 40}
+#: the tasks of puzzles: where their questions come from, their kinds, and how many of each
+PUZZLE_TASKS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "puzzle_scenes": ("grids", ("color", "shape", "shape at", "color at", "where"), 220),
+    "puzzle_characters": ("characters", ("character at", "character where", "character color"), 366),
+    "puzzle_counting": ("grids", ("count", "count color"), 550),
+    "puzzle_relations": ("grids", ("pair", "same", "beside"), 366),
+    "puzzle_choice": ("grids", ("choice",), 1100),
+    "puzzle_list": ("grids", ("list",), 600),
+    "puzzle_reading": ("spelling", ("digit", "letter", "number", "word"), 275),
+    "puzzle_album": ("album", ("picture color", "picture shape", "which picture", "color"), 275),
+    "puzzle_pages5": ("5", ("page", "page number", "page color"), 366),
+    "puzzle_pages10": ("10", ("page", "page number", "page color"), 366),
+    "puzzle_pages20": ("20", ("page", "page number", "page color"), 366),
+    "puzzle_chat": ("talk", ("T", "TT", "TTT", "TTV", "TV", "V"), 183),
+    "puzzle_words": ("words", ("sum", "larger", "repeat", "fact"), 400),
+}
+PER_KIND |= {task: number for task, (_, _, number) in PUZZLE_TASKS.items()}
+#: pages that the documents of one task are made of
+POOL = 400
 #: kinds of questions whose answers are a closed set, besides those where the drawn answers are one
 CLOSED = {
     "color": tuple(COLORS),
@@ -36,14 +60,62 @@ CLOSED = {
     "kind": tuple(CATEGORIES),
     "presence": ("yes", "no"),
 }
-OPEN = ("name", "caption", "word")
+OPEN = ("name", "caption", "word", "list", "repeat", "fact", "number", "larger", "page number")
 Question = tuple[Sample, Turn]
+
+
+def booklets(pages: int, count: int) -> Iterator[Sample]:
+    """Documents whose pages are drawn from one pool, so that a file holds each page once."""
+    rng = rng_for("booklets", SEED, pages)
+    font = fonts("test")
+    pool = [
+        page(rng, rng.choice(SHAPES), rng.choice(sorted(COLORS)), str(rng.randrange(10, 100)), rng.choice(font))
+        for _ in range(POOL)
+    ]
+    made = 0
+    while made < count:
+        drawn = rng.sample(pool, pages)
+        asked = page_turns(rng, drawn)
+        group = "pages " + " ".join("".join(f"{t.color} {t.glyph} " for t in p.things) for p in drawn)
+        if side(group) == "test":
+            made += 1
+            for turn, evidence in asked:
+                yield Sample(tuple(p.image for p in drawn), (turn,), "booklet", group, evidence)
+
+
+def puzzles(task: str) -> Iterator[Question]:
+    """Questions of a task of puzzles; of a chat the last one, which is the one to be answered."""
+    source, kinds, number = PUZZLE_TASKS[task]
+    if source.isdecimal():
+        for sample in booklets(int(source), number // 2):
+            yield sample, sample.turns[0]
+    elif source == "talk":
+        for sample in talk_samples("test", SEED, 12 * number, kinds):
+            yield sample, sample.turns[-1]
+    else:
+        rng = rng_for("puzzles", SEED, task)
+        for sample in PUZZLES[source]("test", SEED, 20 * number):
+            for kind in kinds:  # one of each kind: else a picture's first answer would shut out its second
+                if found := [turn for turn in sample.turns if turn.kind == kind]:
+                    yield sample, rng.choice(found)
 
 
 def png(image: Any) -> bytes:
     """Lossless bytes of a picture."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def webp(image: Any) -> bytes:
+    """The same, in half the bytes."""
+    return _webp(image.size, image.tobytes())
+
+
+@lru_cache(maxsize=POOL)
+def _webp(size: tuple[int, int], pixels: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", size, pixels).save(buffer, "WEBP", lossless=True, quality=100, method=4)
     return buffer.getvalue()
 
 
@@ -56,6 +128,9 @@ def questions(source: str, count: int) -> Iterator[Question]:
 
 def kind_of(task: str, sample: Sample, turn: Turn) -> str | None:
     """The kind that a question counts as in a task; None where the task does not ask it."""
+    if task in PUZZLE_TASKS:
+        kind = sample.source.removeprefix("talk ") if task == "puzzle_chat" else turn.kind
+        return kind if kind in PUZZLE_TASKS[task][1] else None
     if task == "mllm_vqa":
         return None if turn.kind == "caption" else turn.kind
     if task == "mllm_caption":
@@ -74,11 +149,15 @@ def candidates(task: str) -> dict[str, list[Question]]:
         "mllm_text": (("text", 1500),),
     }
     kinds: dict[str, list[Question]] = defaultdict(list)
-    for source, count in sources[task]:
-        for sample, turn in questions(source, count):
-            kind = kind_of(task, sample, turn)
-            if kind is not None:
-                kinds[kind].append((sample, turn))
+    found = (
+        puzzles(task)
+        if task in PUZZLE_TASKS
+        else (q for source, count in sources[task] for q in questions(source, count))
+    )
+    for sample, turn in found:
+        kind = kind_of(task, sample, turn)
+        if kind is not None:
+            kinds[kind].append((sample, turn))
     return dict(sorted(kinds.items()))
 
 
@@ -95,13 +174,17 @@ def answers_in_turn(found: list[Question]) -> Iterator[Question]:
 
 
 def choose(task: str) -> list[tuple[str, Question]]:
-    """The questions of a task with their kinds: no picture and no text-only question twice."""
+    """The questions of a task with their kinds: no picture and no text-only question twice; a document for several."""
     taken: set[bytes] = set()
     chosen: dict[str, list[Question]] = {}
     for kind, found in candidates(task).items():
         chosen[kind] = []
         for sample, turn in answers_in_turn(found):
             key = b"".join(image.tobytes() for image in sample.images) or turn.question.encode()
+            if sample.source == "booklet":
+                key += turn.question.encode()
+            if task == "puzzle_chat":
+                key += " ".join(turn.question for turn in sample.turns).encode()
             if len(chosen[kind]) < PER_KIND[task] and key not in taken:
                 taken.add(key)
                 chosen[kind].append((sample, turn))
@@ -115,6 +198,8 @@ def choose(task: str) -> list[tuple[str, Question]]:
 
 def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
     """Answers that exclude each other; empty where the question is open."""
+    if kind == "choice" and " at the " in turn.question:  # "Is the shape at the top left a star or a heart?"
+        return [noun for noun in SHAPES if f" {noun}" in turn.question.removeprefix("Is the shape")]
     if kind == "choice":  # "Is this a plant or a tool?"
         first, second = turn.question.removeprefix("Is this ").removesuffix("?").split(" or ")
         return [noun.removeprefix("an ").removeprefix("a ") for noun in (first, second)]
@@ -127,7 +212,7 @@ def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
 
 def rows_of(task: str) -> list[dict[str, Any]]:
     """The rows of a task's Parquet file."""
-    chosen = choose(task)
+    chosen, puzzle = choose(task), task in PUZZLE_TASKS
     answers: dict[str, set[str]] = defaultdict(set)
     for kind, (_, turn) in chosen:
         answers[kind].add(turn.answer)
@@ -138,13 +223,21 @@ def rows_of(task: str) -> list[dict[str, Any]]:
             "kind": kind,
             "source": sample.source,
             "group": sample.group,
-            "images": [{"bytes": png(image), "path": None} for image in sample.images],
+            "images": [{"bytes": (webp if puzzle else png)(image), "path": None} for image in sample.images],
             "question": turn.question,
             "answer": turn.answer,
             "answers": [turn.answer, *turn.accepted],
             "options": options_of(kind, turn, answers[kind]),
             "evidence": -1 if sample.evidence is None else sample.evidence,
         }
+        | (
+            {
+                "history": [{"question": t.question, "answer": t.answer} for t in sample.turns[:-1]],
+                "shown_at": sample.shown_at,
+            }
+            if task == "puzzle_chat"
+            else {}
+        )
         for number, (kind, (sample, turn)) in enumerate(chosen)
     ]
 
@@ -153,6 +246,8 @@ def score(task: str, row: dict[str, Any], reply: str) -> float:
     """Score of a reply to one question, 0 to 1."""
     if task == "mllm_caption":
         return max(content_f1(reply, answer) for answer in row["answers"])
+    if task == "puzzle_list":
+        return item_f1(reply, row["answer"])
     return float(is_right(reply, row["answers"], row["options"]))
 
 
@@ -182,29 +277,36 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=task_folder() / "data", help="folder to write into")
-    out = parser.parse_args().out
+    parser.add_argument("--tasks", default="", help="only those whose names begin so; the others stay as they are")
+    arguments = parser.parse_args()
+    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     text = datasets.Value("string")
-    features = datasets.Features(
-        {
-            "id": datasets.Value("int32"),
-            "task": text,
-            "kind": text,
-            "source": text,
-            "group": text,
-            "images": datasets.List(datasets.Image()),
-            "question": text,
-            "answer": text,
-            "answers": datasets.List(text),
-            "options": datasets.List(text),
-            "evidence": datasets.Value("int32"),
-        }
-    )
-    manifest = {}
+    columns = {
+        "id": datasets.Value("int32"),
+        "task": text,
+        "kind": text,
+        "source": text,
+        "group": text,
+        "images": datasets.List(datasets.Image()),
+        "question": text,
+        "answer": text,
+        "answers": datasets.List(text),
+        "options": datasets.List(text),
+        "evidence": datasets.Value("int32"),
+    }
+    chat = {"history": datasets.List({"question": text, "answer": text}), "shown_at": datasets.Value("int32")}
+    file = out / "data.json"
+    manifest = json.loads(file.read_text(encoding="utf-8")) if arguments.tasks and file.exists() else {}
     for task in PER_KIND:
+        if not task.startswith(arguments.tasks):
+            continue
         rows = rows_of(task)
         path = out / f"{task}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), path, compression="zstd")
+        schema = datasets.Features(columns | (chat if task == "puzzle_chat" else {})).arrow_schema
+        # one group and one large dictionary: a page that many documents share is stored once
+        whole = {"row_group_size": len(rows), "dictionary_pagesize_limit": 1 << 26} if task in PUZZLE_TASKS else {}
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", **whole)
         manifest[task] = {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "n": len(rows),
@@ -212,7 +314,7 @@ def main() -> None:
             **blind_scores(task, rows),
         }
         print(task, f"{path.stat().st_size / 1e6:.2f} MB", manifest[task])
-    (out / "data.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

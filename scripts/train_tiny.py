@@ -48,12 +48,21 @@ IGNORED = -100
 SOURCES: dict[str, Callable[..., Iterator[Sample]]] = PUZZLES | DRAWN
 WEIGHTS = Path(__file__).parent.parent / "mllm" / "weights" / "tiny"
 
-SPECIAL = ("<pad>", "<end>", "<user>", "<assistant>", "<system>", "<image>")
+SPECIAL = (
+    "<pad>",
+    "<end>",
+    "<user>",
+    "<assistant>",
+    "<system>",
+    "<image>",
+    "<picture>",
+)  # the last one opens each picture
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}{{ '<image>' }}{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}"
+    "{% if item['type'] == 'image' %}{{ '<picture><image>' }}"
+    "{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% if message['role'] != 'user' %}{{ '<end>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
@@ -87,15 +96,23 @@ class Stage:
     early: int = 0
 
 
-_EASY = {"grids": 0.5, "characters": 0.2, "talk": 0.05, "album": 0.1, "spelling": 0.1, "words": 0.05}
-_ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.06, "album": 0.1, "pages": 0.06, "spelling": 0.14, "words": 0.1}
+_EASY = {"grids": 0.5, "characters": 0.2, "talk": 0.1, "album": 0.1, "spelling": 0.1, "words": 0.5}
+_ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.14, "album": 0.1, "leaflets": 0.08, "booklets": 0.06}
+_ALL |= {"spelling": 0.18, "words": 0.5}
 STAGES = (
-    Stage("tower", 2400, 1e-3, dense=40, last=0.02),
-    Stage("look up", 2500, 1e-3, _EASY, pools=(4,), last=0.8, early=3),
-    Stage("joint", 600, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.08),
+    Stage("tower", 1800, 1e-3, dense=40, last=0.02),
+    Stage("look up", 1600, 1e-3, _EASY, pools=(4,), last=0.8, early=3),
+    Stage("joint", 1200, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.05),
 )
 #: texts are lost where their characters are averaged
-_FINEST = {"spelling": 2}
+_FINEST = {"spelling": 2, "leaflets": 2, "booklets": 2}
+#: long documents are short where they are averaged, and take up the positions of all their tokens
+_COARSEST = {"booklets": 2}
+
+
+def pool_of(source: str, pool: int) -> int:
+    """The pool of a sample: as fine as its source needs, as coarse as it can bear."""
+    return max(min(pool, _FINEST.get(source, TILES)), _COARSEST.get(source, 1))
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -141,11 +158,21 @@ def build_tokenizer(size: int = 640) -> Any:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>", "<system>", "<image>"],
+        additional_special_tokens=[*SPECIAL[2:]],
         padding_side="left",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenizer_of(out: Path) -> Any:
+    """The tokenizer of a run: made once, so that new kinds of questions do not change the ids of a run that goes on."""
+    from transformers import AutoTokenizer
+
+    folder = out / "tokenizer"
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def build_processor(tokenizer: Any) -> Any:
@@ -343,8 +370,8 @@ class Packer:
     """Turns samples into :class:`Packed` batches."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.image, self.user, self.assistant, self.end = (
-            tokenizer.convert_tokens_to_ids(name) for name in ("<image>", "<user>", "<assistant>", "<end>")
+        self.image, self.picture, self.user, self.assistant, self.end = (
+            tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("image", "picture", "user", "assistant", "end")
         )
         self.words = lru_cache(maxsize=20000)(
             lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -355,34 +382,37 @@ class Packer:
     ) -> tuple[list, ...]:
         """Ids, positions, segments, targets of a sample, and (kind, columns) of its questions.
 
-        Segment 0 are the pictures, which all questions see; each question has its own, but in a chat.
+        Segment 0 is seen by all that comes later: the pictures, and all of a chat. Other questions have one each.
         """
         ids, positions, segments, targets = [self.user], [0], [0], [IGNORED]
         place = 1
-        for _ in sample.images if images else ():
-            tiles = [(k * pool + pool // 2) for k in range(TILES // pool)]
-            found = [place + row * TILES + column for row in tiles for column in tiles]
-            ids += [self.image] * len(found)
-            positions += found
-            segments += [0] * len(found)
-            targets += [IGNORED] * len(found)
-            place += TILES**2
         questions = []
-        start = place
         for number, turn in enumerate(sample.turns):
+            head = [self.user] if chat and number else []
+            ids += head
+            positions += range(place, place + len(head))
+            segments += [0] * len(head)
+            targets += [IGNORED] * len(head)
+            place += len(head)
+            for _ in sample.images if images and number == (sample.shown_at if chat else 0) else ():
+                tiles = [(k * pool + pool // 2) for k in range(TILES // pool)]
+                found = [place + 1 + row * TILES + column for row in tiles for column in tiles]
+                ids += [self.picture] + [self.image] * len(found)
+                positions += [place, *found]
+                segments += [0] * (len(found) + 1)
+                targets += [IGNORED] * (len(found) + 1)
+                place += 1 + TILES**2
             question, answer = self.words(turn.question), self.words(turn.answer)
-            head = (self.user,) if chat and number else ()
-            new = [*head, *question, self.assistant, *answer, self.end]
-            if not chat:
-                start = place
-            first = len(ids) + len(head) + len(question)
+            new = [*question, self.assistant, *answer, self.end]
+            first = len(ids) + len(question)
             ids += new
-            positions += range(start, start + len(new))
-            start += len(new)
-            segments += [1 if chat else number + 1] * len(new)
+            positions += range(place, place + len(new))
+            segments += [0 if chat else number + 1] * len(new)
+            if chat:
+                place += len(new)
             said = [*answer, self.end]
             hints = min(early, len(question))
-            targets += [IGNORED] * (len(head) + len(question) - hints) + said[:1] * hints + said + [IGNORED]
+            targets += [IGNORED] * (len(question) - hints) + said[:1] * hints + said + [IGNORED]
             questions.append((turn.kind, list(range(first, first + len(said)))))
         return ids, positions, segments, targets, questions
 
@@ -390,7 +420,7 @@ class Packer:
         self, samples: list[tuple[Sample, int]], images: bool = True, width: int = ROW_TOKENS, early: int = 0
     ) -> Packed:
         """Lay samples end to end, first fit; a sample longer than a row widens all rows."""
-        parts = [self.sample(s, pool, images, s.source == "talk", early) for s, pool in samples]
+        parts = [self.sample(s, pool, images, s.source.startswith("talk"), early) for s, pool in samples]
         width = max(width, max(len(part[0]) for part in parts))
         rows: list[list[int]] = []
         room: list[int] = []
@@ -493,7 +523,7 @@ def make_batch(packer: Packer, stage: Stage, seed: object) -> Packed:
     left, samples = stage.rows * ROW_TOKENS, []
     while True:
         source = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
-        pool = min(rng.choice(stage.pools), _FINEST.get(source, TILES))
+        pool = pool_of(source, rng.choice(stage.pools))
         sample = next(SOURCES[source]("train", f"{stage.name}/{seed}/{len(samples)}", 1))
         left -= len(packer.sample(sample, pool)[0])
         if left < 0 and samples:
@@ -527,7 +557,7 @@ def validate(model: Any, packer: Packer, stage: Stage, size: int, split: str = "
     """Accuracy per kind on a fixed set; by default of the training side, to choose among checkpoints."""
     found: dict[str, list[bool]] = {}
     for source in stage.mixture:
-        pool = min(stage.pools[0], _FINEST.get(source, TILES))
+        pool = pool_of(source, stage.pools[0])
         samples = [(sample, pool) for sample in SOURCES[source](split, "validation", size)]
         for kind, rights in answer_all(model, packer, samples).items():
             found.setdefault(kind, []).extend(rights)
@@ -570,7 +600,7 @@ class Run:
     ) -> None:
         self.out, self.stages, self.save_seconds, self.check = out, stages, save_seconds, check
         out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = tokenizer or build_tokenizer()
+        self.tokenizer = tokenizer or tokenizer_of(out)
         self.packer = Packer(self.tokenizer)
         self.model = build_model(self.tokenizer)
         self.heads = DenseHeads(self.model, self.tokenizer)
@@ -678,7 +708,7 @@ def export(out: Path, folder: Path = WEIGHTS) -> None:
     """Write the best weights of a run, or its last ones where none were validated in full, as a 16-bit model folder."""
     best = out / "best.pt"
     state = torch.load(best if best.exists() else out / "state.pt", weights_only=True)
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer_of(out)
     model = build_model(tokenizer)
     model.load_state_dict(state["model"])
     model.half().save_pretrained(folder)

@@ -18,11 +18,13 @@ from mllm import drawn as sources
 from mllm.errors import EvalError
 from mllm.eval import tasks
 from mllm.eval.tasks import manifest, task_folder, task_include_path, verify_data
-from mllm.eval.tasks.scoring import content_f1, content_words, is_right, words
+from mllm.eval.tasks.scoring import content_f1, content_words, is_right, item_f1, words
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install -e '.[all,dev]'")
 
 TASKS = ("mllm_caption", "mllm_docqa", "mllm_reading", "mllm_text", "mllm_vqa")
+PUZZLES = tuple(sorted(build.PUZZLE_TASKS))
+GOLD = ("puzzle_pages10_gold", "puzzle_pages20_gold", "puzzle_pages5_gold")
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +32,69 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return {task: pq.read_table(task_folder() / "data" / f"{task}.parquet").to_pylist() for task in TASKS}
 
 
+@pytest.fixture(scope="module")
+def puzzles() -> dict[str, list[dict[str, Any]]]:
+    return {task: pq.read_table(task_folder() / "data" / f"{task}.parquet").to_pylist() for task in PUZZLES}
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_data_is_what_the_manifest_says(rows):
+def test_data_is_what_the_manifest_says(rows, puzzles):
     verify_data()
-    assert sorted(manifest()) == list(TASKS)
+    assert sorted(manifest()) == [*TASKS, *PUZZLES]
     for task, entry in manifest().items():
-        assert entry["n"] == len(rows[task])
-        assert entry["kinds"] == dict(Counter(row["kind"] for row in rows[task]))
+        found = (rows | puzzles)[task]
+        assert entry["n"] == len(found)
+        assert entry["kinds"] == dict(Counter(row["kind"] for row in found))
     size = sum(path.stat().st_size for path in (task_folder() / "data").iterdir())
-    assert size < 8e6
+    assert size < 14e6
+
+
+def test_puzzles_are_well_formed(puzzles):
+    for task, found in puzzles.items():
+        pages = {"puzzle_pages5": {5}, "puzzle_pages10": {10}, "puzzle_pages20": {20}, "puzzle_words": {0}}
+        pages |= {"puzzle_album": {2, 3, 4}, "puzzle_chat": {0, 1}}
+        for row in found:
+            assert row["answers"][0] == row["answer"]
+            assert len(row["images"]) in pages.get(task, {1})
+            assert (0 <= row["evidence"] < len(row["images"])) == ("pages" in task)
+            assert all(is_right(answer, row["answers"], row["options"]) for answer in row["answers"])
+            if task == "puzzle_choice":
+                assert len(row["options"]) == 2
+                assert row["answer"] in row["options"]
+            if task == "puzzle_chat":
+                assert len(row["history"]) + 1 == len(row["kind"])
+                assert bool(row["images"]) == ("V" in row["kind"])
+                assert row["shown_at"] == max(0, row["kind"].find("V"))
+        picture = next((row["images"][0] for row in found if row["images"]), None)
+        if picture is not None:
+            image = Image.open(io.BytesIO(picture["bytes"]))
+            assert (image.size, image.mode) == ((96, 96), "RGB")
+
+
+def test_puzzles_are_many_enough_for_three_points(puzzles):
+    for task, found in puzzles.items():
+        if task == "puzzle_list":  # a list's F1 varies less than right and wrong
+            continue
+        points = 3.5 if task == "puzzle_words" else 3.1  # there are no more sums and facts
+        assert 196 * (0.25 / len(found)) ** 0.5 < points, task
+
+
+def test_puzzles_stand_on_the_test_side(puzzles):
+    for task in ("puzzle_scenes", "puzzle_list", "puzzle_album", "puzzle_pages5", "puzzle_pages20", "puzzle_words"):
+        for row in puzzles[task]:
+            # one shape alone has too few combinations to be split; facts are split by their wording
+            if len(row["group"].split()) > 3 and row["kind"] != "fact":
+                group = f"words {row['group']}" if row["source"] == "words" else row["group"]
+                assert sources.side(group) == "test", group
+    for row in puzzles["puzzle_reading"]:
+        if row["kind"] in ("number", "word"):  # digits and letters are too few: their fonts are split
+            assert sources.side(row["group"]) == "test"
+
+
+def test_puzzles_can_be_built_again(puzzles):
+    assert build.rows_of("puzzle_words") == puzzles["puzzle_words"]
 
 
 def test_every_row_is_well_formed(rows):
@@ -210,11 +264,12 @@ def loaded(tmp_path_factory):
 
 def test_lmms_eval_finds_the_tasks(loaded):
     manager, found = loaded
-    assert sorted(manager.all_tasks) == list(TASKS)
+    assert sorted(manager.all_tasks) == sorted([*TASKS, *PUZZLES, *GOLD])
     for name, task in found.items():
-        assert len(task.test_docs()) == manifest()[name]["n"]
-        assert list(task.config.generation_kwargs) == ["max_new_tokens", "do_sample", "until"]
-        assert 8 <= task.config.generation_kwargs["max_new_tokens"] <= 20
+        size = manifest()[name.removesuffix("_gold")]
+        assert len(task.test_docs()) == (size["kinds"]["page number"] if name in GOLD else size["n"])
+        assert list(task.config.generation_kwargs)[:2] == ["max_new_tokens", "do_sample"]
+        assert 8 <= task.config.generation_kwargs["max_new_tokens"] <= 28
         assert set(task.higher_is_better().values()) == {True}
         # requests are built without pictures, which are opened one batch at a time
         assert "images" not in task.eval_docs_no_media.features
@@ -222,7 +277,8 @@ def test_lmms_eval_finds_the_tasks(loaded):
 
 def test_documents_become_messages(loaded):
     _, found = loaded
-    for name, task in found.items():
+    for name in TASKS:
+        task = found[name]
         doc = task.test_docs()[0]
         (turn,) = task.doc_to_messages(doc)
         kinds = [item["type"] for item in turn["content"]]
@@ -231,6 +287,30 @@ def test_documents_become_messages(loaded):
         assert len(kinds) - 1 in {"mllm_text": (0,), "mllm_docqa": (2, 3)}.get(name, (1,))
         assert all(item["url"].mode == "RGB" for item in turn["content"][:-1])
         assert turn["content"][-1]["text"] == task.doc_to_text(doc) == doc["question"]
+
+
+def test_chats_show_their_picture_in_its_turn(loaded):
+    _, found = loaded
+    seen = set()
+    for doc in found["puzzle_chat"].test_docs():
+        if doc["kind"] in seen:
+            continue
+        seen.add(doc["kind"])
+        messages = found["puzzle_chat"].doc_to_messages(doc)
+        assert [message["role"] for message in messages] == ["user", "assistant"] * len(doc["history"]) + ["user"]
+        shown = [any(item["type"] == "image" for item in message["content"]) for message in messages[::2]]
+        assert shown == [letter == "V" and "V" not in doc["kind"][:n] for n, letter in enumerate(doc["kind"])]
+        assert messages[-1]["content"][-1]["text"] == doc["question"]
+    assert seen == {"T", "TT", "TTT", "TTV", "TV", "V"}
+
+
+def test_gold_pages_are_the_evidence_alone(loaded):
+    _, found = loaded
+    whole = [doc for doc in found["puzzle_pages5"].test_docs() if doc["kind"] == "page number"]
+    for doc, alone in zip(whole[:4], found["puzzle_pages5_gold"].test_docs(), strict=False):
+        assert alone["question"] == doc["question"]
+        (image,) = alone["images"]
+        assert image.tobytes() == doc["images"][doc["evidence"]].tobytes()
 
 
 def test_scores_are_means_of_what_documents_give(loaded):
@@ -309,6 +389,20 @@ def test_short_answers(reply, accepted, options, expected):
 )
 def test_captions(reply, reference, expected):
     assert content_f1(reply, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("red star, blue circle", 1.0),
+        ("blue circle, red star", 1.0),
+        ("red star", 2 / 3),
+        ("red circle", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_lists(reply, expected):
+    assert item_f1(reply, "red star, blue circle") == pytest.approx(expected)
 
 
 word = st.text("abcdefghijklmnop", min_size=2, max_size=6).filter(lambda w: w not in ("an", "in", "of", "on", "and"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 _ARTICLES = {"a", "an", "the"}
@@ -53,6 +54,13 @@ def is_right(reply: str, accepted: Sequence[str], options: Sequence[str] = ()) -
         return False
     wrong = [words(option) for option in options]
     return not any(_contains(said, o) for o in wrong if o and not any(_contains(answer, o) for answer in right))
+
+
+def item_f1(reply: str, reference: str) -> float:
+    """F1 of the things that a list with commas names, 0 to 1; in any order, each as often as it is there."""
+    said, wanted = (Counter(" ".join(words(item)) for item in text.split(",")) for text in (reply, reference))
+    common = (said & wanted).total()
+    return 2 * common / (said.total() + wanted.total()) if common else 0.0
 
 
 def content_words(text: str) -> set[str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Image, List
+
 from mllm.eval.tasks import verify_data
-from mllm.eval.tasks.scoring import content_f1, is_right
+from mllm.eval.tasks.scoring import content_f1, is_right, item_f1
 
 verify_data()
 
@@ -28,10 +30,30 @@ def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: dict[str, Any] | None = Non
 
 
 def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One user turn: the pictures first, then the question."""
-    content = [{"type": "image", "url": image} for image in doc_to_visual(doc)]
-    content.append({"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)})
-    return [{"role": "user", "content": content}]
+    """User turns, all but the last one answered: the pictures first, in the turn that they come with."""
+    history = doc.get("history") or []
+    questions = [*(turn["question"] for turn in history), doc_to_text(doc, lmms_eval_specific_kwargs)]
+    messages: list[dict[str, Any]] = []
+    for number, question in enumerate(questions):
+        shown = doc_to_visual(doc) if number == (doc.get("shown_at") or 0) else []
+        content = [{"type": "image", "url": image} for image in shown]
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        if number < len(history):
+            answer = history[number]["answer"]
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def gold_docs(docs: Any) -> Any:
+    """The questions of documents that a single page answers, each with that page alone."""
+
+    def alone(doc: Doc) -> Doc:
+        return {**doc, "images": [doc["images"][doc["evidence"]]]}
+
+    # as bytes: a picture that was opened would be stored again with losses
+    closed = docs.cast_column("images", List(Image(decode=False)))
+    chosen = closed.filter(lambda kind: kind == "page number", input_columns="kind").map(alone)
+    return chosen.cast_column("images", List(Image()))
 
 
 def doc_to_target(doc: Doc) -> str:
@@ -47,6 +69,11 @@ def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
 def score_caption(doc: Doc, results: list[str]) -> dict[str, float]:
     """Content-word F1 of one caption, the best over the references, 0 to 1."""
     return {"content_f1": max(content_f1(results[0], reference) for reference in doc["answers"])}
+
+
+def score_list(doc: Doc, results: list[str]) -> dict[str, float]:
+    """F1 of the things that a list names, 0 to 1."""
+    return {"item_f1": item_f1(results[0], doc["answer"])}
 
 
 def mean(values: list[float]) -> float:
