@@ -1,9 +1,9 @@
 """The real benchmarks on released checkpoints: the commands, ready to run where there are a network and a GPU.
 
-    python scripts/benchmarks.py                                             # print them all
-    python scripts/benchmarks.py --models llava-1.5-7b --tasks pope,gqa      # some of them
-    python scripts/benchmarks.py --check                                     # what can be checked without either
-    python scripts/benchmarks.py --models llava-1.5-7b --tasks pope --limit 100 | sh
+    python scripts/real_benchmarks.py                                             # print them all
+    python scripts/real_benchmarks.py --models llava-1.5-7b --tasks pope,gqa      # some of them
+    python scripts/real_benchmarks.py --check                                     # what can be checked without either
+    python scripts/real_benchmarks.py --models llava-1.5-7b --tasks pope --limit 100 | sh
 
 Each line is one ``mllm eval`` of a model on its tasks, the plain model first, and can be stopped and repeated.
 ``--check`` finds every task in lmms-eval, reads every config, and answers one offline question per family and config on

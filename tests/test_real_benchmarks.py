@@ -1,12 +1,12 @@
-"""The ready commands for real benchmarks: every name in them exists. ``scripts/benchmarks.py --check`` also runs them."""
+"""The ready commands for real benchmarks: every name in them exists."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-import benchmarks
 import pytest
+import real_benchmarks
 import yaml
 from tiny import FAMILIES
 
@@ -14,16 +14,16 @@ from mllm.config import load_config
 
 
 def test_commands_name_models_tasks_and_configs(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks.py", "--limit", "5"])
-    benchmarks.main()
+    monkeypatch.setattr("sys.argv", ["real_benchmarks.py", "--limit", "5"])
+    real_benchmarks.main()
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert [words[3] for words in lines] == [model.hub for model in benchmarks.MODELS.values()]
+    assert [words[3] for words in lines] == [model.hub for model in real_benchmarks.MODELS.values()]
     for words in lines:
         assert words[:2] == ["mllm", "eval"]
         configs = words[words.index("--configs") + 1 : words.index("--tasks")]
         assert [load_config(path).name for path in configs]
-        assert set(words[words.index("--tasks") + 1].split(",")) <= set(benchmarks.TASKS.values())
-    assert {model.family for model in benchmarks.MODELS.values()} <= set(FAMILIES)
+        assert set(words[words.index("--tasks") + 1].split(",")) <= set(real_benchmarks.TASKS.values())
+    assert {model.family for model in real_benchmarks.MODELS.values()} <= set(FAMILIES)
 
 
 def test_lmms_eval_has_every_task():
@@ -33,11 +33,11 @@ def test_lmms_eval_has_every_task():
         for line in file.read_text(encoding="utf-8").splitlines():
             if line.startswith("task:") and isinstance(value := yaml.safe_load(line)["task"], str):
                 named.add(value)
-    assert set(benchmarks.TASKS.values()) <= named
+    assert set(real_benchmarks.TASKS.values()) <= named
 
 
 def test_an_unknown_name_is_told(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks.py", "--models", "gpt"])
+    monkeypatch.setattr("sys.argv", ["real_benchmarks.py", "--models", "gpt"])
     with pytest.raises(SystemExit):
-        benchmarks.main()
+        real_benchmarks.main()
     assert "unknown: gpt. Allowed: llava-1.5-7b" in capsys.readouterr().err
