@@ -221,7 +221,7 @@ def train_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="LLaVA-style .json or .jsonl file, or scenes, reading, documents, pages, text; several with commas."
+            help="LLaVA-style .json or .jsonl file, or scenes, reading, grids, ...; several with commas."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; one that was stopped goes on.")] = None,
@@ -426,7 +426,7 @@ def claims(
     claim: Annotated[
         list[str] | None, typer.Option(help="dyvte, naavit, mma, lorra, urag or static; repeatable.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Questions of a task.")] = 300,
+    limit: Annotated[int, typer.Option(help="Questions of a task.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
     parts: Annotated[Path | None, typer.Option(help="Folder of trained parts; those of the package without.")] = None,
     retrain: Annotated[bool, typer.Option(help="Train every part anew first, into OUT/parts.")] = False,

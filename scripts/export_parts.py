@@ -13,12 +13,16 @@ from mllm.eval.claims import PARTS, PARTS_FOLDER
 
 KEPT = (
     "*.safetensors",
-    "adapter_config.json",
-    "technique_config.json",
+    "*_config.json",
     "training.json",
     "retrieval.json",
-    "curves.json",
+    "exits.json",
+    "exits.png",
+    "loss.png",
+    "README.md",
 )
+#: what base models have and parts share with them
+LEFT = ("processor_config.json", "tokenizer_config.json")
 
 
 def main() -> None:
@@ -33,6 +37,8 @@ def main() -> None:
             target.mkdir(parents=True)
             for pattern in KEPT:
                 for file in source.glob(pattern):
+                    if file.name in LEFT:
+                        continue
                     shutil.copyfile(file, target / file.name)
 
 

@@ -97,12 +97,12 @@ class Stage:
 
 
 _EASY = {"grids": 0.5, "characters": 0.2, "talk": 0.1, "album": 0.1, "spelling": 0.1, "words": 0.5}
-_ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.14, "album": 0.1, "leaflets": 0.08, "booklets": 0.06}
+_ALL = {"grids": 0.4, "characters": 0.14, "talk": 0.14, "album": 0.1, "leaflets": 0.16, "booklets": 0.14}
 _ALL |= {"spelling": 0.18, "words": 0.5}
 STAGES = (
     Stage("tower", 1800, 1e-3, dense=40, last=0.02),
     Stage("look up", 1350, 1e-3, _EASY, pools=(4,), last=0.8, early=3),
-    Stage("joint", 1600, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.05),
+    Stage("joint", 1450, 8e-4, _ALL, pools=(1, 1, 2, 4), dense=16, tower_rate=0.6, rows=4, last=0.05, early=3),
 )
 #: texts are lost where their characters are averaged
 _FINEST = {"spelling": 2, "leaflets": 2, "booklets": 2}
