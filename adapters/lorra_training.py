@@ -71,7 +71,6 @@ class LoRRATraining(Recipe):
         self.model = model
         if patterns:
             config = LoraConfig(
-                base_model_name_or_path=options.model,
                 r=own.rank,
                 lora_alpha=2 * own.rank,
                 target_modules=rf".*({'|'.join(patterns)})",

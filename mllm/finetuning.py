@@ -65,7 +65,6 @@ class Finetuning(Recipe):
         else:
             inner = _ALL if self.own.targets == "all" else _ATTENTION
             config = LoraConfig(
-                base_model_name_or_path=options.model,  # not the folder that it has on this machine
                 r=self.own.rank,
                 lora_alpha=self.own.alpha,
                 lora_dropout=self.own.dropout,

@@ -130,7 +130,13 @@ def load(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(target).eval(), processor
+    return _named(model, str(name_or_path)).to(target).eval(), processor
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    """Let the model say the name that it was asked for by: peft writes it into adapters, for whoever loads them."""
+    model.name_or_path = model.config.name_or_path = name
+    return model
 
 
 def _load_adapted(
@@ -151,7 +157,7 @@ def _load_adapted(
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"The adapter in {folder} does not fit {base}: {error}") from error
-    return merged.eval(), processor
+    return _named(merged, str(folder)).eval(), processor
 
 
 def _check_folder(folder: Path) -> None:

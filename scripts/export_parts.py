@@ -11,16 +11,7 @@ from pathlib import Path
 
 from mllm.eval.claims import PARTS, PARTS_FOLDER
 
-KEPT = (
-    "*.safetensors",
-    "*_config.json",
-    "training.json",
-    "retrieval.json",
-    "exits.json",
-    "exits.png",
-    "loss.png",
-    "README.md",
-)
+KEPT = ("*.safetensors", "*_config.json", "training.json", "retrieval.json", "exits.json", "exits.png", "loss.png")
 #: what base models have and parts share with them
 LEFT = ("processor_config.json", "tokenizer_config.json")
 

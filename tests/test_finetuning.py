@@ -82,6 +82,15 @@ def test_wrong_options_are_named(folder, tmp_path):
         train("naavit", folder, tmp_path / "x", options={"ranks": 4})
 
 
+def test_adapters_name_the_model_that_they_were_trained_on(folder, tmp_path):
+    first = train("naavit", folder, tmp_path / "first", training={"steps": 1})
+    second = train("naavit", first, tmp_path / "second", training={"steps": 1})
+    for out, base in ((first, folder), (second, first)):
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    load(second)  # with the first one's updates beneath
+
+
 def test_a_broken_adapter_is_refused(folder, tmp_path):
     out = train("naavit", folder, tmp_path / "run", training={"steps": 1})
     config = json.loads((out / "adapter_config.json").read_text())
