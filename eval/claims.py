@@ -275,8 +275,8 @@ class Estimate:
 
     @property
     def level(self) -> str:
-        """As a level, without a sign."""
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        """As a share, without a sign, between 0 and 100."""
+        return f"{100 * self.value:.1f} [{max(0.0, 100 * self.low):.1f}, {min(100.0, 100 * self.high):.1f}]"
 
 
 def estimate(runs: Sequence[Mapping[Any, float]]) -> Estimate:
@@ -377,7 +377,7 @@ def naavit(measured: Measured) -> list[Row]:
 def mma(measured: Measured) -> list[Row]:
     """Modality-mutual attention beats causal attention, same data and budget."""
     causal = [measured.over(measured.model("full", seed), "none", [], LOOKING) for seed in SEEDS]
-    open_ = get_technique("ModalityMutualAttention")()
+    open_ = get_technique("MMA")()
     trained = [measured.over(measured.model("mma", seed), "mma", [open_], LOOKING) for seed in SEEDS]
     return _task_by_task("MMA", "trained with it against causal attention trained alike", trained, causal)
 
@@ -500,8 +500,9 @@ def _task_by_task(name: str, what: str, ones: list[Scores], others: list[Scores]
         rows.append(
             Row(name, what, task or "all", f"{found}, FLOPs {flops:.2f}x ({' -> '.join(levels)})", _better(found))
         )
-    seeds = ", ".join(f"{100 * value:+.1f}" for value in difference(ones, others).seeds)
-    return [*rows, Row(name, f"{what}, seed by seed", "all", seeds)]
+    if seeds := ", ".join(f"{100 * value:+.1f}" for value in difference(ones, others).seeds):
+        rows.append(Row(name, f"{what}, seed by seed", "all", seeds))
+    return rows
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -220,9 +220,7 @@ def train_command(
     model: Annotated[str | None, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="LLaVA-style .json or .jsonl file, or scenes, reading, grids, ...; several with commas."
-        ),
+        typer.Option(help="LLaVA-style .json or .jsonl file, or scenes, reading, grids, ...; several with commas."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; one that was stopped goes on.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same settings; these options win.")] = None,
