@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,
 from mllm.cli import app
 from mllm.errors import ConfigError, LoadError
 from mllm.eval import claims
-from mllm.eval.claims import PARTS, Scores, difference, estimate, mixed, run_claims
+from mllm.eval.claims import CLAIMS, PARTS, Scores, difference, estimate, mixed, run_claims
 from mllm.training import trainable
 
 
@@ -88,3 +90,29 @@ def test_unknown_names_are_told(tmp_path):
         claims.train_parts(tmp_path, ["magic"])
     with pytest.raises(LoadError, match=r"gates-0 is missing.*--retrain"):
         run_claims(tmp_path, tmp_path / "nothing", ["dyvte"], limit=1)
+
+
+def test_two_runs_agree(tmp_path):
+    tables = []
+    for folder in ("first", "second"):
+        rows = run_claims(tmp_path / folder, names=["static"], limit=2)
+        assert [row.claim for row in rows] == ["fixed exit"] * len(rows)
+        tables.append(json.loads((tmp_path / folder / "claims.json").read_text()))
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 5
+
+
+def test_every_part_is_committed():
+    for part in PARTS.values():
+        for seed in part.seeds:
+            assert part.folder(claims.PARTS_FOLDER, seed).is_dir(), part.name
+    assert set(CLAIMS) == {"dyvte", "naavit", "mma", "lorra", "urag", "static"}
+
+
+def test_the_table_of_the_docs_is_the_one_that_is_committed():
+    """docs/claims.json is what `mllm claims` wrote; docs/claims.md shows its table."""
+    docs = Path(__file__).parent.parent / "docs"
+    rows = [claims.Row(**row) for row in json.loads((docs / "claims.json").read_text(encoding="utf-8"))]
+    assert {row.claim for row in rows} == {"DyVTE", "NAAViT", "MMA", "LoRRA", "URaG", "fixed exit"}
+    text = (docs / "claims.md").read_text(encoding="utf-8")
+    assert text.split("<!-- claims -->\n")[1].split("<!-- end of claims -->")[0].strip() == claims.table(rows).strip()
