@@ -2,9 +2,8 @@
 
 Each claim is a function that asks for scores of (model, techniques, task) and returns rows of the table. Scores come
 from :func:`mllm.eval.runner.run_grid`, question by question, so that differences are paired, and a run that was stopped
-goes on. Where a difference is claimed there are three seeds; a question then counts with its mean over seeds, and the
-interval is that of the mean over questions: it says what other questions would give, not what other seeds would. The
-seeds' own differences stand beside it.
+goes on. Of parts with several seeds a question counts with its mean over them, and the interval is that of the mean
+over questions: it says what other questions would give, not what other seeds would, whose differences stand beside it.
 """
 
 from __future__ import annotations
@@ -320,15 +319,13 @@ def dyvte(measured: Measured) -> list[Row]:
     gates = [
         measured.over(tiny, f"gates-{seed}", [measured.trained("gates", seed)], tasks) for seed in PARTS["gates"].seeds
     ]
-    rows = []
+    rows, what = [], "gates against the plain model"
     for task in tasks:
         some = [run.of(task) for run in gates]
         drop, flops = difference(some, [plain.of(task)]), _ratio(some, plain.of(task))
-        kept = "holds" if drop.value >= -0.005 else "does not hold"
-        rows.append(Row(name, "gates against the plain model", task, f"{drop}, FLOPs {flops:.2f}x", kept))
+        rows.append(Row(name, what, task, f"{drop}, FLOPs {flops:.2f}x", _kept(drop, flops)))
     drop, flops = difference(gates, [plain]), _ratio(gates, plain)
-    kept = "holds" if drop.value >= -0.005 and flops < 1 else "does not hold"
-    rows.append(Row(name, "gates against the plain model", "all", f"{drop}, FLOPs {flops:.2f}x", kept))
+    rows.append(Row(name, what, "all", f"{drop}, FLOPs {flops:.2f}x", _kept(drop, flops)))
     same_depth, chance, depths = [], [], []
     for run in gates:
         exits = run.exits(len(fixed) - 1)
@@ -392,8 +389,7 @@ def lorra(measured: Measured) -> list[Row]:
             measured.over(measured.model("lorra", seed), "lorra", [measured.trained("lorra", seed)], (task,))
             for seed in SEEDS
         ]
-        kinds = {"": None} if task != "puzzle_chat" else {kind: kind for kind in manifest()[task]["kinds"]}
-        for kind in kinds.values():
+        for kind in manifest()[task]["kinds"] if task == "puzzle_chat" else [None]:
             parts = [[run.kind(kind) for run in runs] for runs in ([before], without, with_)]
             levels = ", ".join(
                 f"{word} {estimate([run.score for run in runs]).level}"
@@ -489,6 +485,11 @@ def _ratio(runs: Sequence[Scores], plain: Scores) -> float:
 
 def _better(found: Estimate) -> str:
     return "holds" if found.low > 0 else "does not hold" if found.high < 0 else "open"
+
+
+def _kept(drop: Estimate, flops: float) -> str:
+    """Whether half a point at most is lost, and something is saved for it."""
+    return "does not hold" if drop.value < -0.005 else "holds" if flops < 0.995 else "saves nothing"
 
 
 def _task_by_task(name: str, what: str, ones: list[Scores], others: list[Scores]) -> list[Row]:
