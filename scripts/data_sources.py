@@ -189,6 +189,7 @@ def square(image: Image.Image, rng: random.Random | None = None) -> Image.Image:
 
 CATEGORIES = sorted({name for name in (*CLIPART_CATEGORIES.values(), *EMOJI_CATEGORIES.values()) if name})
 KIND_QUESTION = "What kind of thing is this? Answer with one word."
+ORDINALS = ("first", "second", "third")
 NAME_QUESTION = "What is in the picture? Answer with one word."
 
 
@@ -228,6 +229,29 @@ def _caption(picture: Picture) -> str:
     return f"A picture of {article(picture.category)}."
 
 
+def pair_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
+    """Two or three real pictures of different kinds, and questions that name one of them."""
+    rng = rng_for("pairs", split, seed)
+    singles = picture_samples(split, f"pairs {seed}", 8 * n + 8)
+    for _ in range(n):
+        shown: dict[str, tuple[Sample, str]] = {}
+        count = rng.choice((2, 2, 3))
+        while len(shown) < count:
+            sample = next(singles)
+            category = next(turn.answer for turn in sample.turns if turn.kind == "kind")
+            shown.setdefault(category, (sample, category))
+        turns = []
+        for place, (sample, category) in enumerate(shown.values()):
+            which = f"the {ORDINALS[place]}"
+            turns.append(Turn(f"What kind of thing is in {which} picture?", category, kind="picture kind"))
+            turns.append(Turn(f"Which picture shows {article(category)}?", which, kind="which picture"))
+            names = [turn.answer for turn in sample.turns if turn.kind == "name"]
+            turns += [Turn(f"What is in {which} picture?", name, kind="picture name") for name in names]
+        rng.shuffle(turns)
+        samples = [sample for sample, _ in shown.values()]
+        yield Sample(tuple(s.images[0] for s in samples), tuple(turns[:5]), samples[0].source, samples[0].group)
+
+
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +269,42 @@ def with_fonts(samples: Callable[..., Iterator[Sample]]) -> Callable[..., Iterat
     return checked
 
 
+# --- text alone -------------------------------------------------------------------------------------------------------
+
+_REQUESTS = (
+    "Explain in one sentence what {} is.",
+    "Write one sentence about {}.",
+    "Give me one fact about {}.",
+    "Why do people like {}? Answer in one or two sentences.",
+    "Name three things that have to do with {}.",
+    "What should a child know about {}? Answer briefly.",
+)
+_TOPICS = (
+    "the sun", "a library", "bread", "music", "a bicycle", "the ocean", "chess", "a garden", "winter", "a computer",
+    "the moon", "tea", "a hospital", "history", "football", "a bridge", "sleep", "mathematics", "a dog", "a river",
+    "cooking", "a volcano", "reading", "a train", "friendship", "the internet", "rice", "a forest", "painting", "rain",
+    "a museum", "gravity", "a market", "swimming", "honey", "a mountain", "electricity", "a school", "dancing", "salt",
+    "an island", "photography", "a farm", "paper", "the heart", "a lighthouse", "glass", "a festival", "trees", "maps",
+)  # fmt: skip
+_SAYINGS = (
+    "Hello! How are you?", "Who are you?", "Thank you for your help.", "Can you see pictures?", "Good morning!",
+    "Tell me a joke.", "What can you do for me?", "Say something nice.", "Goodbye!", "What day comes after Monday?",
+    "Translate 'good night' into French.", "How many days does a week have?", "Spell the word house.",
+    "What is the largest planet?", "Which is heavier, a kilogram of iron or a kilogram of feathers?",
+)  # fmt: skip
+
+
+def requests(split: str) -> list[str]:
+    """Things to ask without a picture; what is replied is for a language model to say."""
+    asked = [request.format(topic) for request in _REQUESTS for topic in _TOPICS]
+    return [request for request in (*asked, *_SAYINGS) if side(request) == split]
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
 SOURCES = {
     "pictures": picture_samples,
+    "pairs": pair_samples,
     "scenes": drawn.scene_samples,
     "reading": with_fonts(drawn.reading_samples),
     "documents": with_fonts(drawn.document_samples),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from pathlib import Path
 
@@ -45,7 +46,12 @@ def fakes(monkeypatch, tmp_path):
     projector = tmp_path / "projector.safetensors"
     projector.write_bytes(b"weights")
     monkeypatch.setattr(default_model, "PROJECTOR", projector)
-    return {"calls": calls, "damaged": damaged, "projector": projector, "cache": tmp_path / "cache"}
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"updates")
+    monkeypatch.setattr(default_model, "ADAPTER", adapter)
+    trained = {"projector": projector, "adapter": adapter / "adapter_model.safetensors"}
+    return {"calls": calls, "damaged": damaged, "cache": tmp_path / "cache", **trained}
 
 
 def test_prepared_once_then_found(fakes):
@@ -58,9 +64,10 @@ def test_prepared_once_then_found(fakes):
     assert fakes["calls"] == {"install": 4, "build": 2}
 
 
-def test_a_new_projector_makes_a_new_folder_from_the_same_parts(fakes):
+@pytest.mark.parametrize("which", ["projector", "adapter"])
+def test_new_weights_make_a_new_folder_from_the_same_parts(fakes, which):
     old = fetch_default(fakes["cache"], progress=False)
-    fakes["projector"].write_bytes(b"better weights")
+    fakes[which].write_bytes(b"better weights")
     new = fetch_default(fakes["cache"], progress=False)
     assert new != old
     assert not old.exists()
@@ -137,3 +144,16 @@ def test_the_committed_projector_fits_the_parts():
     }
     assert default_model.PROJECTOR.stat().st_size < 6_000_000
     assert all(value.isfinite().all() for value in projector.values())
+
+
+def test_the_committed_lora_fits_the_language_model():
+    settings = json.loads((default_model.ADAPTER / "adapter_config.json").read_text())
+    weights = load_file(default_model.ADAPTER / "adapter_model.safetensors")
+    assert len(weights) == 30 * 7 * 2
+    assert {min(value.shape) for value in weights.values()} == {settings["r"]}
+    ends = [
+        tuple(value.shape) for name, value in weights.items() if name.endswith("layers.0.mlp.down_proj.lora_A.weight")
+    ]
+    assert ends == [(settings["r"], 1536)]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert (default_model.ADAPTER / "adapter_model.safetensors").stat().st_size < 20_000_000

@@ -24,6 +24,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install -
 
 TASKS = ("mllm_caption", "mllm_docqa", "mllm_reading", "mllm_text", "mllm_vqa")
 PUZZLES = tuple(sorted(build.PUZZLE_TASKS))
+CIDER = "mllm_caption_cider"
 GOLD = ("puzzle_pages10_gold", "puzzle_pages20_gold", "puzzle_pages5_gold")
 
 
@@ -264,9 +265,9 @@ def loaded(tmp_path_factory):
 
 def test_lmms_eval_finds_the_tasks(loaded):
     manager, found = loaded
-    assert sorted(manager.all_tasks) == sorted([*TASKS, *PUZZLES, *GOLD])
+    assert sorted(manager.all_tasks) == sorted([*TASKS, *PUZZLES, *GOLD, CIDER])
     for name, task in found.items():
-        size = manifest()[name.removesuffix("_gold")]
+        size = manifest()[name.removesuffix("_gold").removesuffix("_cider")]
         assert len(task.test_docs()) == (size["kinds"]["page number"] if name in GOLD else size["n"])
         assert list(task.config.generation_kwargs)[:2] == ["max_new_tokens", "do_sample"]
         assert 8 <= task.config.generation_kwargs["max_new_tokens"] <= 28
@@ -316,6 +317,8 @@ def test_gold_pages_are_the_evidence_alone(loaded):
 def test_scores_are_means_of_what_documents_give(loaded):
     _, found = loaded
     for name, task in found.items():
+        if name == CIDER:
+            continue
         (metric, aggregate) = next(iter(task.aggregation().items()))
         docs = [task.eval_docs_no_media[i] for i in range(6)]
         right = [task.process_results(doc, [task.doc_to_target(doc)])[metric] for doc in docs]
@@ -323,6 +326,22 @@ def test_scores_are_means_of_what_documents_give(loaded):
         assert aggregate(right) == 1, name
         assert aggregate(wrong) == 0
         assert aggregate(right + wrong) == 0.5
+
+
+def test_cider_weighs_words_by_how_rare_they_are(loaded):
+    task = loaded[1][CIDER]
+    docs = [task.eval_docs_no_media[i] for i in range(40)]
+
+    def score(reply):
+        return task.aggregation()["cider"]([task.process_results(doc, [reply(doc)])["cider"] for doc in docs])
+
+    # 10 where replies have n-grams of all four lengths
+    assert score(lambda doc: doc["answer"]) == pytest.approx(10, abs=2)
+    assert score(lambda doc: doc["answer"].upper()) == score(lambda doc: doc["answer"])
+    assert score(lambda doc: "") == 0
+    assert score(lambda doc: "A picture of") < 0.1  # what every caption says counts for nothing
+    thing = score(lambda doc: doc["answer"].removeprefix("A picture of "))
+    assert 0.1 < thing < score(lambda doc: doc["answer"])
 
 
 def test_prompts_of_other_models_can_be_wrapped():

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Image, List
 
 from mllm.eval.tasks import verify_data
-from mllm.eval.tasks.scoring import content_f1, is_right, item_f1
+from mllm.eval.tasks.scoring import content_f1, is_right, item_f1, words
 
 verify_data()
 
@@ -69,6 +69,20 @@ def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
 def score_caption(doc: Doc, results: list[str]) -> dict[str, float]:
     """Content-word F1 of one caption, the best over the references, 0 to 1."""
     return {"content_f1": max(content_f1(results[0], reference) for reference in doc["answers"])}
+
+
+def keep_caption(doc: Doc, results: list[str]) -> dict[str, Any]:
+    """A caption and its references, for :func:`cider`, which weighs words by how rare they are among all captions."""
+    return {"cider": {"reply": results[0], "answers": doc["answers"]}}
+
+
+def cider(captions: list[dict[str, Any]]) -> float:
+    """CIDEr of captions, as :func:`keep_caption` gives them, 0 to 10 (https://arxiv.org/abs/1411.5726)."""
+    from pycocoevalcap.cider.cider import Cider
+
+    replies = {n: [" ".join(words(caption["reply"]))] for n, caption in enumerate(captions)}
+    answers = {n: [" ".join(words(text)) for text in caption["answers"]] for n, caption in enumerate(captions)}
+    return float(Cider().compute_score(answers, replies)[0])
 
 
 def score_list(doc: Doc, results: list[str]) -> dict[str, float]:
