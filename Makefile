@@ -6,10 +6,11 @@ OUT ?= runs/default
 TINY_OUT ?= runs/puzzles
 # questions a task: a few minutes in all on 2 cores, most where the default model is able
 LIMIT ?= mllm_vqa=32,mllm_caption=8,mllm_reading=12,mllm_docqa=6,mllm_text=6
-BATCH ?= 2
+# one by one: a batch is as deep as its deepest prompt
+BATCH ?= 1
 TASKS ?= mllm_vqa,mllm_caption,mllm_reading,mllm_docqa,mllm_text
 TINY_TASKS ?= puzzle_scenes,puzzle_choice,puzzle_list,puzzle_counting,puzzle_words
-TINY_LIMIT ?= 100
+TINY_LIMIT ?= 60
 PYTEST ?=
 DEMO ?=
 
@@ -20,10 +21,10 @@ INSTALLED := .venv/.installed
 
 run: $(INSTALLED)
 	$(BIN)/mllm fetch-default
-	HF_HUB_OFFLINE=1 $(BIN)/mllm eval --model default --configs configs/*.yaml --tasks $(TASKS) --limit $(LIMIT) \
-		--batch-size $(BATCH) --out $(OUT) $(if $(FRESH),--fresh)
+	HF_HUB_OFFLINE=1 $(BIN)/mllm eval --model default --configs configs/*.yaml configs/default/*.yaml --tasks $(TASKS) \
+		--limit $(LIMIT) --batch-size $(BATCH) --out $(OUT) $(if $(FRESH),--fresh)
 	HF_HUB_OFFLINE=1 $(BIN)/mllm eval --model tiny --configs configs/*.yaml configs/tiny/*.yaml --tasks $(TINY_TASKS) \
-		--limit $(TINY_LIMIT) --batch-size 16 --out $(TINY_OUT) $(if $(FRESH),--fresh)
+		--limit $(TINY_LIMIT) --batch-size $(BATCH) --out $(TINY_OUT) $(if $(FRESH),--fresh)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \

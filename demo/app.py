@@ -35,6 +35,7 @@ from mllm.demo.sessions import Chat, Exchange, Session, Sessions
 from mllm.demo.settings import Argument, Panel, label, summary, to_yaml
 from mllm.demo.uploads import SUFFIXES, Picture, read_upload, tidy_uploads
 from mllm.errors import ConfigError, InputError, MllmError
+from mllm.saving import packaged_parts
 
 log = logging.getLogger("mllm.demo")
 
@@ -775,7 +776,7 @@ def serve(
         host: address to listen on; only this machine by default.
         port: the first free one from 7860 on without.
         share: open Gradio's public tunnel.
-        weights: folders with trained techniques to offer.
+        weights: folders with trained techniques to offer, before those that come with this package for the model.
         ready: is told the address.
 
     Raises:
@@ -786,7 +787,7 @@ def serve(
     loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
     backend = Backend(loaded, processor, Path(model).name)
     backend.warm_up()
-    demo = Demo(backend, weights)
+    demo = Demo(backend, [*weights, *packaged_parts(model)])
     try:
         ready(demo.launch(host, port, share))
         threading.Event().wait()

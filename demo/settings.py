@@ -15,6 +15,7 @@ import yaml
 from mllm.config import parse_config
 from mllm.cost import ModelSpec
 from mllm.errors import ConfigError, MllmError
+from mllm.saving import locate
 from mllm.technique import Stack, Technique, get_technique, load_all
 
 MAX_CONFIG_BYTES = 64_000
@@ -44,6 +45,11 @@ class Argument:
     low: float | None = None
     high: float | None = None
     help: str = ""
+
+    @property
+    def first(self) -> Any:
+        """The value before anybody chose one: trained weights where there are any, else the default."""
+        return self.choices[1] if self.kind == "folder" and len(self.choices) > 1 else self.default
 
     def show(self, value: Any) -> Any:
         """A value as the control shows it."""
@@ -130,13 +136,14 @@ class Panel:
     """All techniques with their arguments, in the order of the controls: per technique a switch, then its arguments.
 
     Args:
-        weights: folders with trained techniques that may be chosen, as ``mllm train`` writes them.
+        weights: folders with trained techniques that may be chosen, as ``mllm train`` writes them, or names of packaged
+            parts; the first one of a technique is what is chosen at first.
     """
 
     def __init__(self, weights: Iterable[str | Path] = ()) -> None:
         by_name: dict[str, list[str]] = {}
         for folder in weights:
-            for name in _names_in(Path(folder)):
+            for name in _names_in(locate(folder)):
                 by_name.setdefault(name, []).append(str(folder))
         classes = sorted(
             load_all().values(), key=lambda cls: (cls.__module__.split(".")[1] != "token_pruning", cls.name)
@@ -158,13 +165,13 @@ class Panel:
         return entries
 
     def values(self, entries: Iterable[Mapping[str, Any]]) -> list[Any]:
-        """What the controls show for entries of a config; the others are off, at their defaults."""
+        """What the controls show for entries of a config; the others are off, with trained weights if there are any."""
         given = {entry["technique"]: entry for entry in entries}
         shown: list[Any] = []
         for cls, args in self.techniques:
             entry = given.get(cls.name)
             shown.append(entry is not None and entry.get("enabled", True))
-            shown += [a.show((entry or {}).get(a.name, a.default)) for a in args]
+            shown += [a.show(a.first if entry is None else entry.get(a.name, a.default)) for a in args]
         return shown
 
     def stack(self, entries: Iterable[Mapping[str, Any]], spec: ModelSpec) -> Stack:

@@ -587,9 +587,9 @@ class _Lab:
         """What tells one default model from the next: its projector."""
         if self.settings["model"] != "default":
             return ""
-        from mllm.default_model import PROJECTOR
+        from mllm.default_model import weights_digest
 
-        return hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()
+        return weights_digest()
 
 
 def _plain(values: Tensor) -> Any:

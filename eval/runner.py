@@ -140,9 +140,9 @@ def _key(
     parts: dict[str, Any] = {"model": model, "config": config.digest, "task": task, "limit": limit, **shared}
     parts |= {"batch_size": batch_size, "include_path": str(include_path or "")}
     if model == "default":
-        from mllm.default_model import PROJECTOR
+        from mllm.default_model import weights_digest
 
-        parts["weights"] = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()
+        parts["weights"] = weights_digest()
     elif (folder := TINY if model == "tiny" else Path(model)).is_dir():
         files = sorted(folder.glob("*.safetensors"))  # trained again in place: other weights under the same name
         parts["weights"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

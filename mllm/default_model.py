@@ -61,10 +61,14 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     return Path(platformdirs.user_cache_dir("mllm-efficiency"))
 
 
-def _model_folder(cache: Path) -> Path:
+def weights_digest() -> str:
+    """Hash of what was trained for the default model and of how it is put together."""
     trained = [PROJECTOR, *sorted(ADAPTER.glob("adapter*"))]
-    key = hashlib.sha256(_LAYOUT.encode() + b"".join(file.read_bytes() for file in trained)).hexdigest()[:12]
-    return cache / f"default-{key}"
+    return hashlib.sha256(_LAYOUT.encode() + b"".join(file.read_bytes() for file in trained)).hexdigest()
+
+
+def _model_folder(cache: Path) -> Path:
+    return cache / f"default-{weights_digest()[:12]}"
 
 
 def default_model_path(cache_dir: str | Path | None = None) -> Path | None:

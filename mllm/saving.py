@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "technique_config.json"
 WEIGHTS_NAME = "technique.safetensors"
+#: what comes with this package; its parts go by their place in it, such as "default/gates"
+PACKAGED = Path(__file__).parent / "weights"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -157,8 +159,23 @@ def save_techniques(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
+def packaged_parts(model: str) -> list[str]:
+    """Names of the trained parts that come with this package for one of its models, such as ``"default"``."""
+    folder = PACKAGED / model
+    if folder.parent != PACKAGED:  # a path or a hub name
+        return []
+    return sorted(f"{model}/{path.parent.name}" for path in folder.glob(f"*/{CONFIG_NAME}"))
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a trained technique, or the packaged part of that name where there is no such folder."""
+    folder = Path(source)
+    return PACKAGED / folder if not folder.exists() and (PACKAGED / folder).is_dir() else folder
+
+
+def _read_folder(source: str | Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
     """Entries, fingerprint of the base model, and tensors under their full names."""
+    folder = locate(source)
     path = folder / CONFIG_NAME
     if not path.exists():
         pickled = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLES]
@@ -219,7 +236,7 @@ def read_tensors(
 
 
 def read_learned(folder: str | Path, name: str) -> tuple[dict[str, Any], LearnedWeights | None]:
-    """Arguments and weights of the technique ``name`` in a folder; None where it holds no weights for it.
+    """Arguments and weights of the technique ``name`` in a folder or a packaged part; None: no weights for it there.
 
     Raises:
         LoadError: no such folder, a broken or pickled file in it, or no such technique.
@@ -238,7 +255,7 @@ def load_techniques(folder: str | Path, model: nn.Module | None = None) -> Stack
     """Read a folder that ``Handle.save_pretrained`` wrote.
 
     Args:
-        folder: what was written.
+        folder: what was written, or the name of a part that comes with this package, such as ``"default/gates"``.
         model: checked to be like the one it was saved from, where given; learned weights are checked again when they
             are attached.
 

@@ -367,8 +367,9 @@ class TrainedTechnique(Technique):
     """Base class of techniques with learned parts.
 
     Args:
-        weights: folder with trained weights, as ``Handle.save_pretrained`` writes it; its arguments hold where none
-            are given here. None: freshly initialised parts, to be trained.
+        weights: folder with trained weights, as ``Handle.save_pretrained`` writes it, or the name of a part that comes
+            with this package, such as ``"default/gates"``; its arguments hold where none are given here. None: freshly
+            initialised parts, to be trained.
     """
 
     trained: ClassVar[bool] = True

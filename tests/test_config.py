@@ -9,7 +9,8 @@ import pytest
 from mllm import Stack, load_config
 from mllm.config import Config, save_config
 from mllm.cost import ARCHITECTURES
-from mllm.errors import ConfigError, ConflictError
+from mllm.errors import ConfigError, ConflictError, LoadError
+from mllm.saving import packaged_parts
 from mllm.token_pruning import EEMLLM, DyVTE, FreezeVisual, NAAViT, URaG
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -29,6 +30,17 @@ def test_shipped_configs_load_and_fit_a_model():
         config = load_config(path)
         assert config.name == path.stem
         config.stack.check(SPEC)
+
+
+def test_shipped_configs_for_a_model_name_packaged_parts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the names hold wherever one stands
+    for path in CONFIGS.glob("*/*.yaml"):
+        (technique,) = load_config(path).stack.techniques
+        assert technique.learned.base_model["layers"] == {"default": 30, "tiny": 6}[path.parent.name]
+    assert packaged_parts("default") == ["default/gates", "default/urag"]
+    assert packaged_parts("llava-hf/llava-1.5-7b-hf") == packaged_parts(str(tmp_path)) == []
+    with pytest.raises(LoadError, match="default/nothing is not a technique folder"):
+        DyVTE(weights="default/nothing")
 
 
 def test_round_trip_order_and_switched_off_techniques(tmp_path):

@@ -36,6 +36,7 @@ from mllm.demo.settings import Panel, arguments, label, to_yaml
 from mllm.demo.uploads import Picture, read_upload, tidy_uploads
 from mllm.errors import ConfigError, ConflictError, InputError
 from mllm.inputs import chat_inputs
+from mllm.saving import packaged_parts
 from mllm.technique import load_all
 from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT, URaG
 
@@ -267,8 +268,20 @@ def test_trained_folders_are_offered_by_technique(tmp_path, backend):
     assert panel.entries(panel.values([entry])) == [entry]
     assert panel.untrained(panel.stack([entry], backend.spec), backend.spec) == []
     assert panel.untrained(Stack(URaG(layer=2)), backend.spec) == ["URaG"]
+    off, on = Panel([tmp_path / "pages", *packaged_parts("default")]), {"technique": "URaG", "layer": 2}
+    chosen = dict(zip(_names(off), off.values([]), strict=True))
+    assert chosen["URaG.weights"] == str(tmp_path / "pages")  # ready for who switches it on
+    assert chosen["DyVTE.weights"] == "default/gates"
+    assert off.entries(off.values([on])) == [on]  # a config that names none has none
     with pytest.raises(ConfigError, match="holds no trained technique"):
         Panel([tmp_path])
+
+
+def _names(panel: Panel) -> list[str]:
+    """What each control sets."""
+    return [
+        name for cls, args in panel.techniques for name in (cls.name, *(f"{cls.name}.{found.name}" for found in args))
+    ]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
