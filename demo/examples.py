@@ -12,10 +12,10 @@ from mllm.drawn import document_samples, reading_samples, scene_samples
 def write_examples(folder: Path) -> list[tuple[str, dict[str, object]]]:
     """Draw the pictures into ``folder``; a label and what the question box is filled with, for each example."""
     folder.mkdir(parents=True, exist_ok=True)
-    scene = next(s for s in scene_samples("test", 3, 40) if s.turns[0].kind == "shape")
+    scene = next(s for s in scene_samples("test", 7, 40) if s.turns[0].kind == "shape")
     scene.images[0].save(folder / "shapes.png")
-    word = next(s for s in reading_samples("test", 5, 40) if s.turns[0].kind == "word")
-    word.images[0].save(folder / "word.png")
+    digit = next(s for s in reading_samples("test", 7, 40) if s.turns[0].kind == "digit")
+    digit.images[0].save(folder / "digit.png")
     pair = [s.images[0] for s in scene_samples("test", 11, 2)]
     for name, image in zip(("left.png", "right.png"), pair, strict=True):
         image.save(folder / name)
@@ -24,7 +24,7 @@ def write_examples(folder: Path) -> list[tuple[str, dict[str, object]]]:
     made = [
         ("Shapes", scene.turns[0].question, ["shapes.png"]),
         ("Yes or no", f"Is there a {scene.turns[0].answer}?", ["shapes.png"]),
-        ("Read", word.turns[0].question, ["word.png"]),
+        ("Read", digit.turns[0].question, ["digit.png"]),
         ("Two pictures", "How many shapes are there?", ["left.png", "right.png"]),
         ("PDF", document.turns[0].question, ["report.pdf"]),
     ]
