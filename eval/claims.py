@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from mllm.technique import Stack, Technique, get_technique
 
 #: trained parts that come with this package, one folder each
 PARTS_FOLDER = TINY.parent / "claims"
-#: of parts that take long to train; those of gates, which do not, stand in their part
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 #: questions of a task, without --limit
 LIMIT = 200
+#: first documents of 5 and of 10 pages, by which the recipe of URaG's joint stage was chosen
+SEEN = 100
 LOOKING = ("puzzle_scenes", "puzzle_characters", "puzzle_counting", "puzzle_relations", "puzzle_reading")
-TUNING_DATA = "grids:1,characters:1,grids:1,spelling"
+ONE_QUESTION = "grids:1,characters:1,grids:1,spelling"
+SEVERAL_QUESTIONS = "grids:8,characters:8,grids:8,characters:8,spelling"
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -48,6 +53,7 @@ class Part:
         data, training, arguments, options: as in a training config.
         seeds: one run each.
         start: part of the same seed that it starts from, as ``weights``.
+        dtype: of the frozen weights.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Part:
     options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
     start: str | None = None
+    dtype: str = "float32"
 
     def folder(self, root: Path, seed: int) -> Path:
         return root / f"{self.name}-{seed}"
@@ -72,7 +79,7 @@ class Part:
         given = {"--argument": self.all_arguments(root, seed), "--option": self.options}
         pairs = [f"{flag} {key}={_plain(value)}" for flag, some in given.items() for key, value in some.items()]
         settings = [f"--{key.replace('_', '-')} {value}" for key, value in {**self.training, "seed": seed}.items()]
-        start = ["mllm", "train", self.technique.lower(), "--model tiny", f"--data {self.data}", "--dtype float32"]
+        start = ["mllm train", self.technique.lower(), "--model tiny", f"--data {self.data}", f"--dtype {self.dtype}"]
         return " ".join([*start, *settings, *pairs, f"--out {self.folder(root, seed)}"])
 
     def train(self, root: Path, seed: int) -> Path:
@@ -87,7 +94,7 @@ class Part:
             training={**self.training, "seed": seed},
             arguments=self.all_arguments(root, seed),
             options=dict(self.options),
-            dtype="float32",
+            dtype=self.dtype,
         )
 
 
@@ -96,6 +103,8 @@ def _plain(value: Any) -> str:
 
 
 _RANK = {"rank": 8, "alpha": 16.0}
+_WIDE = {"rank": 16, "alpha": 32.0}
+_ADAPTING = {"steps": 220, "batch_size": 14, "lr": 1.5e-3}
 _TUNING = {"steps": 120, "batch_size": 16, "lr": 1e-3}
 _BENDING = {"steps": 120, "batch_size": 16}
 PARTS: dict[str, Part] = {
@@ -104,16 +113,25 @@ PARTS: dict[str, Part] = {
         Part(
             "gates",
             "DyVTE",
-            "grids:1,characters:1,grids:1,spelling",
-            {"steps": 600},
-            options={"samples": 800, "held_out": 300},
-            seeds=(0, 1, 2),
+            ONE_QUESTION,
+            {"steps": 1500},
+            options={"samples": 3000, "held_out": 900, "target_drop": 0.005},
         ),
-        # one control for two techniques: the same data, steps and rate, causal and full attention
-        Part("full", "naavit", TUNING_DATA, _TUNING, options={"attach": False, **_RANK}),
-        Part("naavit", "naavit", TUNING_DATA, _TUNING, options=_RANK),
-        Part("mma", "mma", TUNING_DATA, _TUNING, options=_RANK),
-        Part("plain_tuned", "naavit", "scenes,reading", {**_BENDING, "lr": 2e-3}, options={"attach": False, **_RANK}),
+        # each technique and its control: the same data, steps and rate
+        Part("full", "naavit", SEVERAL_QUESTIONS, _ADAPTING, options={"attach": False, **_WIDE}, dtype="bfloat16"),
+        Part("naavit", "naavit", SEVERAL_QUESTIONS, _ADAPTING, options=_WIDE, dtype="bfloat16"),
+        # pictures that attend to the question must not see the next one's, nor this one's answer
+        Part("causal", "naavit", ONE_QUESTION, _TUNING, options={"attach": False, **_RANK}),
+        Part("mma", "mma", ONE_QUESTION, _TUNING, options=_RANK),
+        # half an hour a seed, for a difference that one seed does not show
+        Part(
+            "plain_tuned",
+            "naavit",
+            "scenes,reading",
+            {**_BENDING, "lr": 2e-3},
+            options={"attach": False, **_RANK},
+            seeds=(0,),
+        ),
         Part(
             "lorra",
             "LoRRA",
@@ -121,6 +139,7 @@ PARTS: dict[str, Part] = {
             {**_BENDING, "lr": 2e-3},
             {"rank": 8, "router_length": 1024},
             {"model_lr": 2e-3, "rank": 8},
+            seeds=(0,),
         ),
         Part(
             "urag",
@@ -134,9 +153,9 @@ PARTS: dict[str, Part] = {
             "urag_joint",
             "URaG",
             "booklets:1,leaflets:1",
-            {"steps": 40, "batch_size": 2, "accumulation": 2, "lr": 5e-4},
+            {"steps": 400, "batch_size": 2, "accumulation": 2, "lr": 1.5e-3},
             {"layer": 2, "keep_pages": 3, "hidden": 256, "width": 128},
-            {"stage": "joint", **_RANK},
+            {"stage": "joint", "rank": 32, "alpha": 64.0},
             start="urag",
         ),
     )
@@ -215,10 +234,14 @@ class Measured:
         parts: folder of trained parts.
         limit: questions of a task.
         batch_size: prompts in a batch.
+
+    Attributes:
+        bars: whether progress is shown as bars, not as lines.
     """
 
     def __init__(self, out: Path, parts: Path, limit: int = LIMIT, batch_size: int = 16) -> None:
         self.out, self.parts, self.limit, self.batch_size = out, parts, limit, batch_size
+        self.bars = True
 
     def model(self, part: str | None, seed: int = 0) -> tuple[str, str]:
         """Name and place of ``tiny``, or of a part that loads as a model."""
@@ -242,17 +265,22 @@ class Measured:
         techniques: Sequence[Technique],
         tasks: Sequence[str],
         limit: int | None = None,
+        batch_size: int | None = None,
     ) -> Scores:
         """Scores of a model with techniques on tasks; ``name`` tells the techniques apart in file names."""
-        limit = limit or self.limit
+        limit, batch_size = limit or self.limit, batch_size or self.batch_size
         config = Config(name, Stack(*techniques))
-        run_grid(dict([model]), [config], tasks, self.out, limit, self.batch_size, dtype="float32", device="cpu")
+        how = {"dtype": "float32", "device": "cpu", "progress": self.bars}
+        run_grid(dict([model]), [config], tasks, self.out, limit, batch_size, **how)
         found = Scores({}, {}, {})
         for task in tasks:
             cell = read_cell(cell_path(self.out, model[0], name, task))
             if cell is None or cell["errors"]:
                 reasons = "; ".join(cell["error_reasons"]) if cell else "no result was written"
                 raise EvalError(f"{task} with {name}: some questions have no answer. {reasons}")
+            if not self.bars:
+                mean = sum(sample["score"] for sample in cell["samples"]) / len(cell["samples"])
+                print(f"{task}, {model[0]}, {name}: {mean:.3f}", file=sys.stderr, flush=True)
             for sample in cell["samples"]:
                 key = task, sample["id"]
                 found.score[key], found.cost[key] = sample["score"], sample["flops"]
@@ -314,10 +342,12 @@ def dyvte(measured: Measured) -> list[Row]:
     """DyVTE keeps accuracy at fewer FLOPs, and beats exits that do not look at the prompt."""
     name, tiny = "DyVTE", measured.model(None)
     tasks = (*LOOKING, "puzzle_choice", "puzzle_list")
-    plain = measured.over(tiny, "none", [], tasks)
     fixed = fixed_exits(measured, tasks)
+    # one prompt at a time: a batch pays for the row that keeps its picture longest
+    plain = measured.over(tiny, "none-alone", [], tasks, batch_size=1)
     gates = [
-        measured.over(tiny, f"gates-{seed}", [measured.trained("gates", seed)], tasks) for seed in PARTS["gates"].seeds
+        measured.over(tiny, f"gates-{seed}-alone", [measured.trained("gates", seed)], tasks, batch_size=1)
+        for seed in PARTS["gates"].seeds
     ]
     rows, what = [], "gates against the plain model"
     for task in tasks:
@@ -326,6 +356,9 @@ def dyvte(measured: Measured) -> list[Row]:
         rows.append(Row(name, what, task, f"{drop}, FLOPs {flops:.2f}x", _kept(drop, flops)))
     drop, flops = difference(gates, [plain]), _ratio(gates, plain)
     rows.append(Row(name, what, "all", f"{drop}, FLOPs {flops:.2f}x", _kept(drop, flops)))
+    batched = measured.over(tiny, "gates-0", [measured.trained("gates", 0)], tasks)
+    flops = f"FLOPs {_ratio([batched], fixed[-1]):.2f}x"
+    rows.append(Row(name, f"the same in batches of {measured.batch_size}, each as deep as its deepest", "all", flops))
     same_depth, chance, depths = [], [], []
     for run in gates:
         exits = run.exits(len(fixed) - 1)
@@ -373,7 +406,7 @@ def naavit(measured: Measured) -> list[Row]:
 
 def mma(measured: Measured) -> list[Row]:
     """Modality-mutual attention beats causal attention, same data and budget."""
-    causal = [measured.over(measured.model("full", seed), "none", [], LOOKING) for seed in SEEDS]
+    causal = [measured.over(measured.model("causal", seed), "none", [], LOOKING) for seed in SEEDS]
     open_ = get_technique("MMA")()
     trained = [measured.over(measured.model("mma", seed), "mma", [open_], LOOKING) for seed in SEEDS]
     return _task_by_task("MMA", "trained with it against causal attention trained alike", trained, causal)
@@ -381,13 +414,13 @@ def mma(measured: Measured) -> list[Row]:
 
 def lorra(measured: Measured) -> list[Row]:
     """LoRRA keeps text-only ability through visual tuning."""
-    name, rows = "LoRRA", []
+    name, rows, seeds = "LoRRA", [], PARTS["lorra"].seeds
     for task in ("puzzle_words", "puzzle_chat", "mllm_reading"):
         before = measured.over(measured.model(None), "none", [], (task,))
-        without = [measured.over(measured.model("plain_tuned", seed), "none", [], (task,)) for seed in SEEDS]
+        without = [measured.over(measured.model("plain_tuned", seed), "none", [], (task,)) for seed in seeds]
         with_ = [
             measured.over(measured.model("lorra", seed), "lorra", [measured.trained("lorra", seed)], (task,))
-            for seed in SEEDS
+            for seed in seeds
         ]
         for kind in manifest()[task]["kinds"] if task == "puzzle_chat" else [None]:
             parts = [[run.kind(kind) for run in runs] for runs in ([before], without, with_)]
@@ -401,12 +434,13 @@ def lorra(measured: Measured) -> list[Row]:
     return rows
 
 
-def urag(measured: Measured) -> list[Row]:
+def urag(measured: Measured, seeds: Sequence[int] = SEEDS) -> list[Row]:
     """URaG finds the page, and answers long documents better and cheaper."""
-    rows, name, seeds = [], "URaG", PARTS["urag_joint"].seeds
-    for pages in (5, 10, 20):
+    rows, name = [], "URaG"
+    # share of the limit, since long documents take seconds each; and those not counted: the recipe was chosen by them
+    for pages, share, seen in ((5, 0.5, SEEN), (10, 1, SEEN), (20, 0.3, 0)):
         task = f"puzzle_pages{pages}"
-        limit = measured.limit if pages < 20 else measured.limit * 3 // 10  # they take seconds each
+        limit = seen + max(1, int(measured.limit * share))
         everything = [measured.over(measured.model("urag_joint", seed), "none", [], (task,), limit) for seed in seeds]
         kept = [
             measured.over(
@@ -414,6 +448,9 @@ def urag(measured: Measured) -> list[Row]:
             )
             for seed in seeds
         ]
+        everything, kept = (
+            [run.only(key for key in run.score if key[1] >= seen) for run in runs] for runs in (everything, kept)
+        )
         evidence = {(task, row["id"]): row["evidence"] for row in documents(task)}
         ranks = []
         for run in kept:
@@ -429,10 +466,11 @@ def urag(measured: Measured) -> list[Row]:
         levels = (estimate([run.score for run in runs]).level for runs in (everything, kept))
         what = "answers with all pages {}, with kept pages {}".format(*levels)
         rows.append(Row(name, what, task, f"{gain}, FLOPs {flops:.2f}x", _better(gain)))
-        asked = "page number"  # the one kind that a single page can answer
+        if gain.seeds:
+            rows.append(Row(name, "the same, seed by seed", task, _each(gain)))
+        asked, third = "page number", max(1, measured.limit // 3)  # the one kind that a single page can answer
         alone = [
-            measured.over(measured.model("urag_joint", seed), "none", [], (f"{task}_gold",), limit // 3)
-            for seed in seeds
+            measured.over(measured.model("urag_joint", seed), "none", [], (f"{task}_gold",), third) for seed in seeds
         ]
         gold = estimate([run.score for run in alone])
         levels = (estimate([run.kind(asked).score for run in runs]).level for runs in (everything, kept))
@@ -442,10 +480,10 @@ def urag(measured: Measured) -> list[Row]:
 
 
 #: name -> what measures it, and the parts that it needs
-CLAIMS: dict[str, tuple[Callable[[Measured], list[Row]], tuple[str, ...]]] = {
+CLAIMS: dict[str, tuple[Callable[..., list[Row]], tuple[str, ...]]] = {
     "dyvte": (dyvte, ("gates",)),
     "naavit": (naavit, ("full", "naavit")),
-    "mma": (mma, ("full", "mma")),
+    "mma": (mma, ("causal", "mma")),
     "lorra": (lorra, ("plain_tuned", "lorra")),
     "urag": (urag, ("urag_joint",)),
     "static": (static_exit, ()),
@@ -501,16 +539,25 @@ def _task_by_task(name: str, what: str, ones: list[Scores], others: list[Scores]
         rows.append(
             Row(name, what, task or "all", f"{found}, FLOPs {flops:.2f}x ({' -> '.join(levels)})", _better(found))
         )
-    if seeds := ", ".join(f"{100 * value:+.1f}" for value in difference(ones, others).seeds):
-        rows.append(Row(name, f"{what}, seed by seed", "all", seeds))
+    if (found := difference(ones, others)).seeds:
+        rows.append(Row(name, f"{what}, seed by seed", "all", _each(found)))
     return rows
+
+
+def _each(found: Estimate) -> str:
+    return ", ".join(f"{100 * value:+.1f}" for value in found.seeds)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def run_claims(
-    out: Path, parts: Path = PARTS_FOLDER, names: Sequence[str] = (), limit: int = LIMIT, batch_size: int = 16
+    out: Path,
+    parts: Path = PARTS_FOLDER,
+    names: Sequence[str] = (),
+    limit: int = LIMIT,
+    batch_size: int = 16,
+    jobs: int = 1,
 ) -> list[Row]:
     """Measure claims and write ``claims.md`` and ``claims.json`` into ``out``.
 
@@ -520,6 +567,7 @@ def run_claims(
         names: of claims; all without.
         limit: questions of a task.
         batch_size: prompts in a batch.
+        jobs: claims, or seeds of one, that are measured at a time, each in a process of its own with one thread.
 
     Raises:
         ConfigError: an unknown claim.
@@ -529,14 +577,34 @@ def run_claims(
         if name not in CLAIMS:
             raise ConfigError(f"There is no claim {name!r}. Claims: {', '.join(CLAIMS)}.")
     measured = Measured(out, parts, limit, batch_size)
-    chosen = [CLAIMS[name] for name in names or CLAIMS]
-    for part in {part for _, needed in chosen for part in needed}:  # before anything is measured
+    chosen = {name: CLAIMS[name] for name in names or CLAIMS}
+    for part in {part for _, needed in chosen.values() for part in needed}:  # before anything is measured
         for seed in PARTS[part].seeds:
             measured.part(part, seed)
-    rows = [row for measure, _ in chosen for row in measure(measured)]
+    if jobs > 1:
+        _measure_at_once(measured, chosen, jobs)
+    rows = [row for measure, _ in chosen.values() for row in measure(measured)]
     write_json(out / "claims.json", [asdict(row) for row in rows])
     (out / "claims.md").write_text(table(rows), encoding="utf-8")
     return rows
+
+
+def _measure_at_once(measured: Measured, names: Iterable[str], jobs: int) -> None:
+    """Measure claims in several processes; their scores stay in the folder."""
+    names = sorted(names, key=lambda name: name not in ("dyvte", "urag"))  # the longest first
+    shares = [(name, seeds) for name in names for seeds in ([(seed,) for seed in SEEDS] if name == "urag" else [None])]
+    with ProcessPoolExecutor(min(jobs, len(shares)), get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_measure_one, measured, *share) for share in shares]):
+            future.result()
+
+
+def _measure_one(measured: Measured, name: str, seeds: tuple[int, ...] | None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    measured.bars = False  # those of several processes would overwrite each other
+    measure = CLAIMS[name][0]
+    measure(measured) if seeds is None else measure(measured, seeds)
 
 
 def table(rows: Sequence[Row]) -> str:

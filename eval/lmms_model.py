@@ -89,6 +89,7 @@ class MllmLmms(lmms):
         loaded: tuple[Any, Any] | None = None,
         stack: Stack | None = None,
         max_batch_size: int | None = None,
+        progress: bool = True,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -103,6 +104,7 @@ class MllmLmms(lmms):
             raise ConfigError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
         self.batch_size = int(batch_size)
         self.on_error = on_error
+        self.progress = progress
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         stack = stack if stack is not None else load_config(config).stack if config else Stack()
         if loaded is None:
@@ -135,7 +137,8 @@ class MllmLmms(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer chat requests; batches hold requests of equal settings and similar length."""
         answered: dict[int, Record] = {}
-        bar = tqdm(total=len(requests), desc="answers", disable=self.rank != 0, file=sys.stderr, leave=False)
+        hidden = self.rank != 0 or not self.progress
+        bar = tqdm(total=len(requests), desc="answers", disable=hidden, file=sys.stderr, leave=False)
         with bar, self.stack(self.model, self.processor) as run:
             for numbers in self._batches(requests):
                 batch = []

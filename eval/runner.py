@@ -42,6 +42,7 @@ def run_grid(
     device: str = "auto",
     include_path: str | Path | None = None,
     fresh: bool = False,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Evaluate every model under every config on every task; finished cells of an earlier run are reused.
 
@@ -56,6 +57,7 @@ def run_grid(
         batch_size, attn, dtype, device: as for :class:`mllm.eval.lmms_model.MllmLmms`.
         include_path: a folder with further tasks.
         fresh: run finished cells again.
+        progress: show bars on stderr.
 
     Returns:
         The cells, as in ``results.json``; an empty list in processes other than the first.
@@ -99,7 +101,7 @@ def run_grid(
     cells = []
     total = len(sources) * len(loaded_configs) * len(tasks)
     # a bar that is closed leaves its line to an error's message
-    with tqdm(total=total, desc="cells", disable=not first, file=sys.stderr) as bar:
+    with tqdm(total=total, desc="cells", disable=not (first and progress), file=sys.stderr) as bar:
         for name, source in sources.items():
             model = None  # loaded when the first cell needs it
             # configs of a task follow each other, so that their times are taken under the same conditions
@@ -114,7 +116,7 @@ def run_grid(
                         if model is None:
                             model = load(source, attn=attn, dtype=dtype, device=_local(device))
                             _warm_up(*model)
-                        cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager)
+                        cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager, progress)
                         if first:
                             cell["key"] = key
                             results.write_json(path, cell)
@@ -230,13 +232,14 @@ def _run_cell(
     batch_size: int,
     shared: dict[str, str],
     manager: Any,
+    progress: bool,
 ) -> dict[str, Any]:
     """Evaluate one cell; complete in the first process only."""
     from lmms_eval.evaluator import simple_evaluate
 
     from mllm.eval.lmms_model import MllmLmms
 
-    lm = MllmLmms(loaded=model, stack=config.stack, batch_size=batch_size, on_error="record")
+    lm = MllmLmms(loaded=model, stack=config.stack, batch_size=batch_size, on_error="record", progress=progress)
     memory = PeakMemory(lm.device)
     started = datetime.datetime.now(datetime.timezone.utc)
     memory.reset()

@@ -426,6 +426,7 @@ def claims(
     ] = None,
     limit: Annotated[int, typer.Option(help="Questions of a task.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
+    jobs: Annotated[int, typer.Option(help="Claims measured at a time, with one thread each.")] = 2,
     parts: Annotated[Path | None, typer.Option(help="Folder of trained parts; those of the package without.")] = None,
     retrain: Annotated[bool, typer.Option(help="Train every part anew first, into OUT/parts.")] = False,
     commands: Annotated[bool, typer.Option(help="Only print the commands that train the parts.")] = False,
@@ -444,7 +445,7 @@ def claims(
         return
     if retrain:
         train_parts(folder)
-    typer.echo(table(run_claims(out, folder, claim or (), limit, batch_size)))
+    typer.echo(table(run_claims(out, folder, claim or (), limit, batch_size, jobs)))
     for name in ("md", "json"):
         typer.echo(out / f"claims.{name}", err=True)
 
