@@ -584,7 +584,7 @@ class _Lab:
         return self.out / "samples" / f"{number:05}.json"
 
     def _weights(self) -> str:
-        """What tells one default model from the next: its projector."""
+        """What tells one default model from the next: what was trained for it."""
         if self.settings["model"] != "default":
             return ""
         from mllm.default_model import weights_digest

@@ -307,8 +307,14 @@ class Estimate:
 
 
 def estimate(runs: Sequence[Mapping[Any, float]]) -> Estimate:
-    """Mean of questions over some seeds that all answered them; normal interval over questions."""
+    """Mean of questions over some seeds that all answered them; normal interval over questions.
+
+    Raises:
+        EvalError: there are none.
+    """
     keys = set.intersection(*(set(run) for run in runs))
+    if not keys:
+        raise EvalError("A kind of question does not come up among so few. Ask for more of each task: --limit 20.")
     values = [sum(run[key] for run in runs) / len(runs) for key in sorted(keys, key=str)]
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
@@ -479,14 +485,29 @@ def urag(measured: Measured, seeds: Sequence[int] = SEEDS) -> list[Row]:
     return rows
 
 
-#: name -> what measures it, and the parts that it needs
-CLAIMS: dict[str, tuple[Callable[..., list[Row]], tuple[str, ...]]] = {
-    "dyvte": (dyvte, ("gates",)),
-    "naavit": (naavit, ("full", "naavit")),
-    "mma": (mma, ("causal", "mma")),
-    "lorra": (lorra, ("plain_tuned", "lorra")),
-    "urag": (urag, ("urag_joint",)),
-    "static": (static_exit, ()),
+@dataclass(frozen=True)
+class Claim:
+    """How a claim is measured.
+
+    Attributes:
+        measure: returns its rows.
+        parts: that it needs.
+        shares: arguments for ``measure`` that between them ask for all its scores, so that processes can share it out.
+    """
+
+    measure: Callable[..., list[Row]]
+    parts: tuple[str, ...] = ()
+    shares: tuple[dict[str, Any], ...] = ({},)
+
+
+#: by name; the longest first, and what stands on another's scores behind it
+CLAIMS: dict[str, Claim] = {
+    "dyvte": Claim(dyvte, ("gates",)),
+    "urag": Claim(urag, ("urag_joint",), tuple({"seeds": (seed,)} for seed in SEEDS)),
+    "naavit": Claim(naavit, ("full", "naavit")),
+    "mma": Claim(mma, ("causal", "mma")),
+    "lorra": Claim(lorra, ("plain_tuned", "lorra")),
+    "static": Claim(static_exit),
 }
 
 
@@ -577,34 +598,32 @@ def run_claims(
         if name not in CLAIMS:
             raise ConfigError(f"There is no claim {name!r}. Claims: {', '.join(CLAIMS)}.")
     measured = Measured(out, parts, limit, batch_size)
-    chosen = {name: CLAIMS[name] for name in names or CLAIMS}
-    for part in {part for _, needed in chosen.values() for part in needed}:  # before anything is measured
+    chosen = [CLAIMS[name] for name in names or CLAIMS]
+    for part in {part for claim in chosen for part in claim.parts}:  # before anything is measured
         for seed in PARTS[part].seeds:
             measured.part(part, seed)
     if jobs > 1:
         _measure_at_once(measured, chosen, jobs)
-    rows = [row for measure, _ in chosen.values() for row in measure(measured)]
+    rows = [row for claim in chosen for row in claim.measure(measured)]
     write_json(out / "claims.json", [asdict(row) for row in rows])
     (out / "claims.md").write_text(table(rows), encoding="utf-8")
     return rows
 
 
-def _measure_at_once(measured: Measured, names: Iterable[str], jobs: int) -> None:
+def _measure_at_once(measured: Measured, claims: Iterable[Claim], jobs: int) -> None:
     """Measure claims in several processes; their scores stay in the folder."""
-    names = sorted(names, key=lambda name: name not in ("dyvte", "urag"))  # the longest first
-    shares = [(name, seeds) for name in names for seeds in ([(seed,) for seed in SEEDS] if name == "urag" else [None])]
+    shares = [(claim.measure, share) for claim in claims for share in claim.shares]
     with ProcessPoolExecutor(min(jobs, len(shares)), get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_measure_one, measured, *share) for share in shares]):
+        for future in as_completed([pool.submit(_measure_share, measured, *share) for share in shares]):
             future.result()
 
 
-def _measure_one(measured: Measured, name: str, seeds: tuple[int, ...] | None) -> None:
+def _measure_share(measured: Measured, measure: Callable[..., list[Row]], share: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
     measured.bars = False  # those of several processes would overwrite each other
-    measure = CLAIMS[name][0]
-    measure(measured) if seeds is None else measure(measured, seeds)
+    measure(measured, **share)
 
 
 def table(rows: Sequence[Row]) -> str:

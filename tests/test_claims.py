@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,dev]'")
 
 from mllm.cli import app
-from mllm.errors import ConfigError, LoadError
+from mllm.errors import ConfigError, EvalError, LoadError
 from mllm.eval import claims
 from mllm.eval.claims import CLAIMS, PARTS, Scores, difference, estimate, mixed, run_claims
 from mllm.training import trainable
@@ -95,7 +95,7 @@ def test_unknown_names_are_told(tmp_path):
 def test_two_runs_agree(tmp_path):
     tables = []
     # the second time in a process of its own, as --jobs does
-    claims._measure_at_once(claims.Measured(tmp_path / "second", claims.PARTS_FOLDER, limit=2), ["static"], 2)
+    claims._measure_at_once(claims.Measured(tmp_path / "second", claims.PARTS_FOLDER, limit=2), [CLAIMS["static"]], 2)
     assert len(list((tmp_path / "second" / "cells").glob("*.json"))) == 12
     for folder in ("first", "second"):
         rows = run_claims(tmp_path / folder, names=["static"], limit=2)
@@ -103,6 +103,31 @@ def test_two_runs_agree(tmp_path):
         tables.append(json.loads((tmp_path / folder / "claims.json").read_text()))
     assert tables[0] == tables[1]
     assert len(tables[0]) == 5
+
+
+def test_documents_that_chose_a_recipe_are_not_counted(tmp_path):
+    class Made(claims.Measured):
+        """Kept pages are right about the first documents alone, all pages never."""
+
+        def trained(self, part, seed, **arguments):
+            return None
+
+        def over(self, model, name, techniques, tasks, limit=None, batch_size=None):
+            keys = [(tasks[0], number) for number in range(limit)]
+            told = {"URaG": {"scores": [0.0] * 20}}
+            right = {key: float(name == "urag" and key[1] < claims.SEEN) for key in keys}
+            return Scores(right, dict.fromkeys(keys, 1.0), dict.fromkeys(keys, told))
+
+    rows = claims.urag(Made(tmp_path, claims.PARTS_FOLDER))
+    gains = {row.task: row.value for row in rows if row.what.startswith("answers")}
+    assert gains["puzzle_pages5"].startswith("+0.0")
+    assert gains["puzzle_pages10"].startswith("+0.0")
+    assert gains["puzzle_pages20"].startswith("+100.0")  # these chose nothing
+
+
+def test_too_few_questions_are_told():
+    with pytest.raises(EvalError, match="--limit 20"):
+        estimate([{}])
 
 
 def test_every_part_is_committed():

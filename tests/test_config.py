@@ -34,7 +34,9 @@ def test_shipped_configs_load_and_fit_a_model():
 
 def test_shipped_configs_for_a_model_name_packaged_parts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the names hold wherever one stands
-    for path in CONFIGS.glob("*/*.yaml"):
+    found = sorted(CONFIGS.glob("*/*.yaml"))
+    assert [path.parent.name for path in found] == ["default", "tiny"]
+    for path in found:
         (technique,) = load_config(path).stack.techniques
         assert technique.learned.base_model["layers"] == {"default": 30, "tiny": 6}[path.parent.name]
     assert packaged_parts("default") == ["default/gates", "default/urag"]
