@@ -19,12 +19,13 @@ caption to be continued, is left causal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mllm.errors import InputError
+from mllm.errors import CacheError, InputError
 from mllm.layout import TokenLayout
 from mllm.technique import Opened, Technique, register
 
@@ -35,13 +36,17 @@ class ModalityMutualAttention(Technique):
 
     Args:
         turns: ``"own"``: the question of the image's own turn; ``"first"``: the question of the first turn alone, as
-            the original; ``"all_previous"``: a question is open to the images of its own and of all earlier turns.
+            the original; ``"all_previous"``: a question is open to the images of its own and of all earlier turns. The
+            last two need all turns in one call.
         include_assistant_header: the header that opens the answer counts as part of the question, as in the original.
         bidirectional_images: rows of one image see each other both ways; causal in the original.
 
     Raises:
         ConfigError: attached without a processor, or its chat template does not tell questions from answers.
         InputError: no image of a batch is followed by its question; training labels lie inside an opened question.
+        CacheError: a later turn concerns what a cache holds: with ``"first"`` its images, with ``"all_previous"`` its
+            question.
+        ConflictError: beside a technique that lets image rows attend in no layer, or that brings them back.
     """
 
     name: ClassVar[str] = "MMA"
@@ -67,7 +72,25 @@ class ModalityMutualAttention(Technique):
         return tuple(opened)
 
     def excludes(self, other: Technique) -> str | None:
-        return "both open questions to images. Keep one." if isinstance(other, ModalityMutualAttention) else None
+        if isinstance(other, ModalityMutualAttention):
+            return "both open questions to images. Keep one."
+        if getattr(other, "recoverable", False):
+            return "rows of an earlier turn that come back have no question of their own. Use recoverable=False."
+        return None
+
+    @property
+    def checks_questions(self) -> bool:
+        return self.turns == "all_previous"
+
+    def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
+        if self.turns == "own" or not layout.past_length or layout.roles is None:
+            return
+        asked = layout.visual if self.turns == "first" else layout.visual | layout.roles.assistant_header  # (B, S)
+        if bool(asked.any()):
+            raise CacheError(
+                f'MMA: turns="{self.turns}" lets images see questions of other turns, and a turn that is in the cache '
+                'is not read again. Give all turns in one call, or use turns="own".'
+            )
 
     def _question(self, layout: TokenLayout) -> Opened:
         """What the images of each turn see of the questions."""

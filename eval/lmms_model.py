@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class Record:
     """What answering one request cost; shares of a batch are equal parts.
 
     Attributes:
-        text: the reply; None where answering failed.
+        text: the reply; None where answering failed. Of a likelihood, what the model would have said instead.
+        likelihood: of a continuation that was given: its log-likelihood in nats.
         error: why it failed.
         ttft_ms: time to the first token of its batch.
         new_tokens: tokens generated, up to the end-of-text token.
@@ -41,6 +42,7 @@ class Record:
     """
 
     text: str | None = None
+    likelihood: float | None = None
     error: str | None = None
     ttft_ms: float | None = None
     new_tokens: int = 0
@@ -56,9 +58,14 @@ class Record:
 class _Request:
     number: int
     text: str
-    images: list[Any]
-    options: dict[str, Any]
-    until: list[str]
+    images: list[Any] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    until: list[str] = field(default_factory=list)
+    continuation: str = ""
+
+
+_Prepare = Callable[[int, Instance], _Request]
+_Act = Callable[[list[_Request], Any], list[Record]]
 
 
 class MllmLmms(lmms):
@@ -136,6 +143,24 @@ class MllmLmms(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer chat requests; batches hold requests of equal settings and similar length."""
+        records = self._serve(requests, self._prepare, self._generate)
+        return [record.text if record.text is not None else f"[failed: {record.error}]" for record in records]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """How likely texts go on as given, in nats, and whether greedy decoding says the same; no chat template.
+
+        The requests are those of :class:`mllm.eval.tasks.likelihood.LikelihoodTask`: lmms-eval's own chat tasks do not
+        ask for likelihoods.
+        """
+        records = self._serve(requests, self._prepare_text, self._weigh)
+        pairs = zip(requests, records, strict=True)
+        return [
+            (float("-inf"), False) if record.likelihood is None else (record.likelihood, record.text == request.args[1])
+            for request, record in pairs
+        ]
+
+    def _serve(self, requests: list[Instance], prepare: _Prepare, act: _Act) -> list[Record]:
+        """What came of every request, in order; each is prepared, and acted on in its batch."""
         answered: dict[int, Record] = {}
         hidden = self.rank != 0 or not self.progress
         bar = tqdm(total=len(requests), desc="answers", disable=hidden, file=sys.stderr, leave=False)
@@ -144,24 +169,25 @@ class MllmLmms(lmms):
                 batch = []
                 for number in numbers:  # pictures are opened batch by batch: all of them need not fit into memory
                     try:
-                        batch.append(self._prepare(number, requests[number]))
+                        batch.append(prepare(number, requests[number]))
                     except Exception as error:
                         answered[number] = self._failed(error)
-                records = self._answer(batch, run) if batch else []
+                records = self._answer(batch, run, act) if batch else []
                 answered.update((request.number, record) for request, record in zip(batch, records, strict=True))
                 bar.update(len(numbers))
         records = [answered[number] for number in range(len(requests))]
         for request, record in zip(requests, records, strict=True):
-            _, _, _, doc_id, task, _ = request.args
+            *_, doc_id, task, _ = request.args
             self.records[task, doc_id] = record
         self._judge(records)
-        return [record.text if record.text is not None else f"[failed: {record.error}]" for record in records]
+        return records
 
     def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
         """Numbers of requests with equal settings, long ones first, so that little is padding."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[2].items())), []).append(number)
+            settings = sorted(request.args[2].items()) if request.request_type == "generate_until" else None
+            groups.setdefault(repr(settings), []).append(number)
         for group in groups.values():
             group.sort(key=lambda number: -len(requests[number].args[0]))
             for start in range(0, len(group), self.batch_size):
@@ -197,17 +223,24 @@ class MllmLmms(lmms):
         options.setdefault("max_new_tokens", 128)
         return _Request(number, text, images, options, [until] if isinstance(until, str) else list(until))
 
-    def _answer(self, batch: list[_Request], run: Any) -> list[Record]:
+    def _prepare_text(self, number: int, request: Instance) -> _Request:
+        """A text and how it goes on."""
+        text, continuation, *_ = request.args
+        if not text.strip() or not continuation.strip():
+            raise InputError("The text or its continuation is empty.")
+        return _Request(number, text, continuation=continuation)
+
+    def _answer(self, batch: list[_Request], run: Any, act: _Act) -> list[Record]:
         """Records of one batch; where it fails, of each request alone, so that one cannot harm the others."""
         try:
-            return self._generate(batch, run)
+            return act(batch, run)
         except Exception as error:
             # what a technique or the model cannot serve at all is not a property of one sample
             if isinstance(error, MllmError) and not isinstance(error, InputError):
                 raise
             if len(batch) == 1:
                 return [self._failed(error)]
-        return [record for request in batch for record in self._answer([request], run)]
+        return [record for request in batch for record in self._answer([request], run, act)]
 
     def _generate(self, batch: list[_Request], run: Any) -> list[Record]:
         inputs = encode(self.processor, [request.text for request in batch], [request.images for request in batch])
@@ -220,7 +253,8 @@ class MllmLmms(lmms):
         with torch.inference_mode():
             output = self.model.generate(**inputs, **options, **streamer)
         new = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
-        report, rows = run.report(), len(batch)
+        rows = len(batch)
+        costs = self._costs(run, rows)
         decode = clock.times[-1] - clock.times[0] if clock.times else 0.0
         records = []
         for row, (request, ids) in enumerate(zip(batch, new, strict=True)):
@@ -233,14 +267,47 @@ class MllmLmms(lmms):
                     ttft_ms=clock.times[0] * 1e3 if clock.times else None,
                     new_tokens=self._length(ids),
                     decode_s=decode / rows,
-                    flops=report.flops / rows,
-                    dense_flops=report.dense_flops / rows,
-                    kv_bytes=report.kv_bytes / rows,
-                    dense_kv_bytes=report.dense_kv_bytes / rows,
                     decisions={name: _of_row(told, row, rows) for name, told in run.outputs.items()},
+                    **costs,
                 )
             )
         return records
+
+    def _weigh(self, batch: list[_Request], run: Any) -> list[Record]:
+        """Likelihoods of the continuations, from one forward pass."""
+        whole = [request.text + request.continuation for request in batch]
+        inputs = encode(self.processor, whole, [[] for _ in batch]).to(self.device, self.model.dtype)
+        lengths = []
+        for request, ids, mask in zip(batch, inputs["input_ids"], inputs["attention_mask"], strict=True):
+            ids, alone = ids[mask.bool()].tolist(), self.processor.tokenizer(request.text)["input_ids"]
+            # the continuation's tokens begin where the text's own end; one that both share is the continuation's
+            shared = next((k for k, (one, two) in enumerate(zip(ids, alone, strict=False)) if one != two), len(alone))
+            lengths.append(len(ids) - shared)
+        run.reset()
+        with torch.inference_mode():
+            logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits[:, :-1].float()  # (B, K, V)
+        costs = self._costs(run, len(batch))
+        records = []
+        for row, (request, length) in enumerate(zip(batch, lengths, strict=True)):
+            given = inputs["input_ids"][row, -length:]  # (T,); padding is on the left
+            told = logits[row, -length:].log_softmax(-1)  # (T, V)
+            greedy = told.argmax(-1)  # (T,)
+            same = bool((greedy == given).all())
+            records.append(
+                Record(
+                    text=request.continuation if same else self.processor.decode(greedy),
+                    likelihood=told.gather(1, given[:, None]).sum().item(),
+                    **costs,
+                )
+            )
+        return records
+
+    @staticmethod
+    def _costs(run: Any, rows: int) -> dict[str, float]:
+        """A row's share of what the run counted."""
+        report = run.report()
+        names = ("flops", "dense_flops", "kv_bytes", "dense_kv_bytes")
+        return {name: getattr(report, name) / rows for name in names}
 
     def _length(self, ids: torch.Tensor) -> int:
         """Tokens up to and with the first end-of-text token."""
@@ -268,9 +335,6 @@ class MllmLmms(lmms):
             )
 
     # --- what chat tasks do not ask for ------------------------------------------------------------------------------
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise EvalError("Tasks that score likelihoods cannot be run: lmms-eval asks chat models to generate only.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise EvalError("Tasks of several rounds are not supported yet; choose a single-round task.")

@@ -251,8 +251,12 @@ def draw_text(
     draw.text((x, y), text, font=font, fill=fill)
 
 
-def reading_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
-    """A large digit, letter, number or common word; training and test use different fonts where there are several."""
+def reading_samples(split: str, seed: int, n: int, margins: tuple[int, int] | None = None) -> Iterator[Sample]:
+    """A large digit, letter, number or common word; training and test use different fonts where there are several.
+
+    ``margins`` is the range of the empty border in pixels: 10 to 59 for training without it, and 24 for test.
+    """
+    margins = margins or ((10, 59) if split == "train" else None)
     rng = rng_for("reading", split, seed)
     for _ in range(n):
         kind = rng.choice(("digit", "letter", "number", "word"))
@@ -266,7 +270,7 @@ def reading_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
         else:
             text, question = rng.choice(WORDS), "Which word is written here?"
         image = Image.new("RGB", (SIZE, SIZE), "white")
-        margin = rng.randrange(10, 60) if split == "train" else 24
+        margin = rng.randint(*margins) if margins else 24
         draw_text(image, text, font, (margin, margin, SIZE - margin, SIZE - margin))
         yield Sample((image,), (Turn(question, text, kind=kind),), "reading", f"font {Path(font).name}")
 
@@ -277,9 +281,13 @@ TITLES = ("Report", "Notes", "Invoice", "Letter", "Manual", "Menu")
 
 
 def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2, 3)) -> Iterator[Sample]:
-    """Pages with a heading, lines of small text and one coloured shape; questions name a page or ask for it."""
+    """Pages with a heading, lines of small text and one coloured shape; questions name a page or ask for it.
+
+    A training sample holds all three questions, a test sample one of them: three samples follow each other that have
+    the same pages.
+    """
     rng = rng_for("documents", split, seed)
-    made = 0
+    made = documents = 0
     while made < n:
         count = rng.choice(pages)
         shapes, colors = rng.sample(SHAPES, count), rng.sample(sorted(COLORS), count)
@@ -287,7 +295,7 @@ def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2,
         group = f"document {title} " + " ".join(f"{c} {s}" for c, s in zip(colors, shapes, strict=True))
         if side(group) != split:
             continue
-        made += 1
+        documents += 1
         font = rng.choice(fonts(split))
         images = []
         for number in range(count):
@@ -310,8 +318,11 @@ def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2,
             Turn(f"What color is the shape on page {other + 1}?", colors[other], kind="page color"),
             Turn(f"What color is the {shapes[evidence]}?", colors[evidence], kind="color"),
         )
-        turns = turns if split == "train" else (turns[made % 3],)
-        yield Sample(tuple(images), turns, "document", group, other if turns[0].kind == "page color" else evidence)
+        parts = [turns] if split == "train" else [(turns[(documents + k) % 3],) for k in range(3)]
+        for part in parts[: n - made]:
+            made += 1
+            shows = other if part[0].kind == "page color" else evidence
+            yield Sample(tuple(images), part, "document", group, shows)
 
 
 def page_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (4, 5, 6, 7, 8)) -> Iterator[Sample]:

@@ -84,10 +84,12 @@ class Step:
         whole: bool,
         mask: Tensor | None = None,
         cached: bool = False,
+        masked: bool = False,
     ) -> None:
         self.engine = engine
         self._read = read
         self.mask = mask  # (B, past + S), 1 for real tokens, where there is padding
+        self.masked = masked  # the caller hides more than padding and what is later
         self.batch, self.new = shape
         self.past_length = past_length
         self.visual = visual
@@ -100,8 +102,10 @@ class Step:
         acts = engine.active if visual else [t for t in engine.active if t.acts_on_text]
         self.idle = not acts and self.past is None
         self._plain = False  # the layers need not be told anything about this call, see enter()
-        for technique in acts:
-            technique.check_call(self.layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
+        # a later question can concern a technique that did its work when the picture was read
+        for technique in engine.active if self.new > 1 else acts:
+            if technique in acts or technique.checks_questions:
+                technique.check_call(self.layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
         self.memories = {} if cache is None else branch_layers(cache, engine.spec.layers)
         if cache is not None and past_length:
             self._check_cache(cache)
@@ -142,6 +146,7 @@ class Step:
         self._full: Tensor | None = None  # (B, S, D) states of the rows that do not travel
         self._passive: Tensor | None = None  # (B, P, D)
         self._embeddings: Tensor | None = None  # (B, S, D) what entered layer 0, for branches
+        self.entered: Tensor | None = None  # the same, where hidden states are asked for
         self._rotary: tuple[Tensor, Tensor] | None = None  # of all rows
         self._no_past = Rows(None, None, past_length)
         self._counted: tuple[Tensor, Tensor] | None = None  # alive rows, and how many of them are visual
@@ -273,10 +278,12 @@ class Step:
         computed = 0
         if split.passive is not None:
             tables = self._take("rotary", split.passive, rotary)
-            # kept keys carry no gradient
-            if number == 0 and self.engine.run.image_cache is not None and not torch.is_grad_enabled():
+            # kept keys carry no gradient, and states of all layers are not kept
+            pictures = self.engine.run.image_cache
+            if number == 0 and pictures is not None and not torch.is_grad_enabled() and not self.whole:
+                pictures.belong_to(self.engine.weights())
                 image = split.passive.take(self.layout.image_index, self.batch)  # (B, P)
-                self.reuse = Reuse(self.engine.run.image_cache, split.passive, self._passive, tables, image)
+                self.reuse = Reuse(pictures, split.passive, self._passive, tables, image)
             keys_values = self._serve(number, layer, policy, tables)
             passive = (*keys_values, split.order)
             computed = self.batch * split.passive.length if self.reuse is None else self.reuse.computed
@@ -330,6 +337,7 @@ class Step:
         )
 
     def _start(self, hidden: Tensor) -> None:
+        self.entered = hidden if self.whole else None
         if any(self.engine.branches):
             self._embeddings = hidden
         if self.revived is not None:
@@ -675,10 +683,11 @@ class Step:
         return self._gathered["pieces"]
 
     def _uniform(self) -> list[bool] | None:
-        """Which columns are visual, if they are the same in all batch rows and nothing is padding."""
+        """Which columns are visual, if all batch rows agree, nothing is padding and attention is causal."""
         if self._pattern == "unknown":
             layout = self.layout
             same = (layout.visual == layout.visual[:1]).all() & layout.valid.all()
+            same = same & self._valid_columns().all() & (not self.masked)  # also what an earlier call padded
             for opened in self.opened:
                 for part in (opened.low, opened.high, opened.group):
                     same = same & (part == part[:1]).all()
@@ -938,12 +947,18 @@ class Engine:
         """Name under which a technique keeps things on a cache."""
         return f"{self.active.index(technique)}.{technique.name}"
 
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """Where the decoder's weights lie, and how often they were written to."""
+        parameters = (parameter for layer in self.parts.layers for parameter in layer.parameters())
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
     def install(self) -> list[RemovableHandle]:
         """Register all hooks; the caller removes them."""
         base, layers = self.parts.base, self.parts.layers
         handles = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             base.register_forward_hook(self._after_base, with_kwargs=True),
+            self.parts.text.register_forward_hook(_after_text, with_kwargs=True),
         ]
         for number, layer in enumerate(layers):
             # ours must run before hooks that record hidden states, which may be there already: prepend
@@ -986,10 +1001,13 @@ class Engine:
             for technique in self._guards:
                 technique.check_labels(labels, read())
         mask = given.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        own = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        masked = own or _is_packed(given)
+        self._check_mask(own and visual, masked)
+        mask = None if own else mask
         cached = given.get("use_cache")
         cached = bool(getattr(config, "use_cache", False) if cached is None else cached)
-        step = Step(self, read, shape, past_length, visual, cache, whole, mask, cached)
+        step = Step(self, read, shape, past_length, visual, cache, whole, mask, cached, masked)
         if not step.idle:
             if given.get("output_attentions", getattr(config, "output_attentions", False)):
                 raise UnsupportedModelError(
@@ -1000,6 +1018,21 @@ class Engine:
                 check_cache_kind(cache)
             self._check_checkpointing()
         return args, {**kwargs, STEP: step}
+
+    def _check_mask(self, own: bool, masked: bool) -> None:
+        """Refuse masks of the caller's own, and packed prompts, where a technique would look past them."""
+        reading = next((branches[0] for branches in self.branches if branches), None) if masked else None
+        opening = next((technique for technique in self.active if _opens(technique)), None) if own else None
+        if reading is not None:
+            raise InputError(
+                f"{reading!r} reads all that is earlier in a row, also what a mask of your own or packed prompts hide. "
+                "Give a padding mask (batch, length), and one prompt a row."
+            )
+        if opening is not None:
+            raise InputError(
+                f"{opening!r} opens keys that the rule of causal attention hides, and cannot tell them from those that "
+                "a mask of your own hides. Give a padding mask (batch, length)."
+            )
 
     def _layout(self, given: dict[str, Any], past_length: int, visual: bool) -> TokenLayout:
         input_ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
@@ -1043,6 +1076,28 @@ class Engine:
         outputs = list(output if isinstance(output, tuple) else output.values())  # last hidden state first
         cache = next((value for value in outputs if isinstance(value, Cache)), None)
         kwargs[STEP].finish(cache, outputs[0].element_size())
+
+
+def _is_packed(given: dict[str, Any]) -> bool:
+    """Whether positions start again within a row: several prompts in one, which must not see each other."""
+    positions = given.get("position_ids")
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor):
+        return False
+    if positions.ndim == 3:  # Qwen's, of which the first of four are those of text
+        if positions.shape[0] != 4:
+            return False
+        positions = positions[0]
+    return positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+
+
+def _after_text(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """The recorder of hidden states takes what entered layer 0 behind our hook: put all rows back."""
+    step: Step | None = kwargs.get(STEP)
+    states = getattr(output, "hidden_states", None)
+    if step is None or step.rests or not states or states[0] is None or step.entered is None:
+        return None
+    output["hidden_states"] = (step.entered, *states[1:])
+    return output
 
 
 class _BeforeLayer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,7 @@ class ImageCache:
     def __init__(self, size: int) -> None:
         self.size = size
         self.hits = self.misses = 0
+        self._weights: Hashable = None
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -51,6 +52,12 @@ class ImageCache:
     def clear(self) -> None:
         """Forget all pictures."""
         self._entries.clear()
+
+    def belong_to(self, weights: Hashable) -> None:
+        """Forget all pictures that were read with other weights."""
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
 
     def get(self, key: bytes) -> Entry | None:
         entry = self._entries.get(key)

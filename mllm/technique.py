@@ -280,6 +280,11 @@ class Technique(BaseModel):
         """Which later keys rows of a call with visual input may see, in every layer."""
         return ()
 
+    @property
+    def checks_questions(self) -> bool:
+        """Whether :meth:`check_call` wants to see calls of several tokens without a picture too."""
+        return self.acts_on_text
+
     def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
         """Raise InputError or CacheError where a call cannot be served, before anything of it is computed.
 
@@ -516,6 +521,13 @@ class Stack:
                         "Give them different layers."
                     )
                 owner[layer] = technique
+        if all(layer in owner for layer in range(last + 1)):
+            for technique in active:
+                if type(technique).opens is not Technique.opens:
+                    raise ConflictError(
+                        f"{technique!r} opens keys to image rows, but {owner[0]!r} and what stands beside it let them "
+                        "attend in no layer. Leave a layer free."
+                    )
 
     def visual_policy(self, layer: int, spec: ModelSpec) -> VisualPolicy | None:
         """The policy of the one technique that has one for ``layer``."""

@@ -17,12 +17,13 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from data_sources import CATEGORIES, SOURCES  # isort: skip  (beside this file)
+from data_sources import CATEGORIES, SOURCES, TEST_SOURCES  # isort: skip  (beside this file)
 
 from mllm.drawn import COLORS, SHAPES, Sample, Turn, fonts, rng_for, side
 from mllm.eval.tasks import task_folder
@@ -31,7 +32,14 @@ from mllm.puzzles import PUZZLES, page, page_turns, talk_samples
 
 SEED = 1
 #: questions of each kind in a task
-PER_KIND = {"mllm_vqa": 25, "mllm_caption": 60, "mllm_reading": 30, "mllm_docqa": 40, "mllm_text": 40}
+PER_KIND = {
+    "mllm_vqa": 140,
+    "mllm_caption": 240,
+    "mllm_reading": 275,
+    "mllm_docqa": 366,
+    "mllm_text": 170,
+    "mllm_language": 1100,
+}
 #: the tasks of puzzles: where their questions come from, their kinds, and how many of each
 PUZZLE_TASKS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "puzzle_scenes": ("grids", ("color", "shape", "shape at", "color at", "where"), 220),
@@ -60,7 +68,12 @@ CLOSED = {
     "kind": tuple(CATEGORIES),
     "presence": ("yes", "no"),
 }
-OPEN = ("name", "caption", "word", "list", "repeat", "fact", "number", "larger", "page number")
+OPEN = ("name", "caption", "word", "list", "repeat", "fact", "number", "larger", "page number", "next number")
+OPEN += ("last word",)
+#: kinds whose questions say what can be answered, after the last of these
+NAMED = {"larger number": ", ", "alphabet": ", ", "last of a list": ": ", "first of a list": ": "}
+#: real pictures, which are stored with losses (few, and invisible): without, the files are three times as large
+PHOTOS = ("openclipart", "noto-emoji")
 Question = tuple[Sample, Turn]
 
 
@@ -100,28 +113,23 @@ def puzzles(task: str) -> Iterator[Question]:
                     yield sample, rng.choice(found)
 
 
-def png(image: Any) -> bytes:
-    """Lossless bytes of a picture."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def webp(image: Any) -> bytes:
-    """The same, in half the bytes."""
-    return _webp(image.size, image.tobytes())
+def webp(image: Any, lossless: bool = True) -> bytes:
+    """A picture's bytes."""
+    return _webp(image.size, image.tobytes(), lossless)
 
 
 @lru_cache(maxsize=POOL)
-def _webp(size: tuple[int, int], pixels: bytes) -> bytes:
+def _webp(size: tuple[int, int], pixels: bytes, lossless: bool) -> bytes:
     buffer = io.BytesIO()
-    Image.frombytes("RGB", size, pixels).save(buffer, "WEBP", lossless=True, quality=100, method=4)
+    quality = 100 if lossless else 90
+    Image.frombytes("RGB", size, pixels).save(buffer, "WEBP", lossless=lossless, quality=quality, method=4)
     return buffer.getvalue()
 
 
 def questions(source: str, count: int) -> Iterator[Question]:
     """Every question of the first samples of a source, with its sample."""
-    for sample in SOURCES[source]("test", SEED, count):
+    options = {"margins": (10, 59)} if source == "reading" else {}  # ten fonts alone would be few pictures of a digit
+    for sample in (SOURCES | TEST_SOURCES)[source]("test", SEED, count, **options):
         for turn in sample.turns:
             yield sample, turn
 
@@ -135,18 +143,20 @@ def kind_of(task: str, sample: Sample, turn: Turn) -> str | None:
         return None if turn.kind == "caption" else turn.kind
     if task == "mllm_caption":
         named = sample.images and "," in turn.answer  # "A picture of a duck, an animal."
-        return None if turn.kind != "caption" else "caption of a name" if named else "caption of a kind"
+        shown = "a scene" if sample.source == "scene" else "a name" if named else "a kind"
+        return f"caption of {shown}" if turn.kind == "caption" else None
     return turn.kind
 
 
 def candidates(task: str) -> dict[str, list[Question]]:
     """Questions that a task can draw from, by kind."""
     sources = {
-        "mllm_vqa": (("pictures", 600), ("scenes", 1500)),
-        "mllm_caption": (("pictures", 600),),
-        "mllm_reading": (("reading", 1500),),
-        "mllm_docqa": (("documents", 900),),
-        "mllm_text": (("text", 1500),),
+        "mllm_vqa": (("pictures", 3000), ("scenes", 4000)),
+        "mllm_caption": (("pictures", 3000), ("scenes", 1500)),
+        "mllm_reading": (("reading", 3000),),
+        "mllm_docqa": (("documents", 1200),),
+        "mllm_text": (("text", 1500), ("following", 3000)),
+        "mllm_language": (("passages", 3000),),
     }
     kinds: dict[str, list[Question]] = defaultdict(list)
     found = (
@@ -161,8 +171,8 @@ def candidates(task: str) -> dict[str, list[Question]]:
     return dict(sorted(kinds.items()))
 
 
-def answers_in_turn(found: list[Question]) -> Iterator[Question]:
-    """The questions of one kind so that each answer comes up once before one comes up again."""
+def answers_in_turn(found: list[Question], skip: Callable[[Question], bool] = lambda _: False) -> Iterator[Question]:
+    """The questions of one kind so that each answer comes up once before one comes up again, but those to skip."""
     pools: dict[str, list[Question]] = defaultdict(list)
     for question in found:
         pools[question[1].answer].append(question)
@@ -170,24 +180,45 @@ def answers_in_turn(found: list[Question]) -> Iterator[Question]:
     rng_for("eval answers", SEED, *order).shuffle(order)
     while order:
         order = [answer for answer in order if pools[answer]]
-        yield from (pools[answer].pop(0) for answer in order)
+        for answer in order:
+            while pools[answer]:
+                question = pools[answer].pop(0)
+                if not skip(question):
+                    yield question
+                    break
 
 
 def choose(task: str) -> list[tuple[str, Question]]:
     """The questions of a task with their kinds: no picture and no text-only question twice; a document for several."""
     taken: set[bytes] = set()
-    chosen: dict[str, list[Question]] = {}
+
+    def key_of(question: Question) -> bytes:
+        sample, turn = question
+        key = b"".join(image.tobytes() for image in sample.images) or turn.question.encode()
+        if sample.source in ("booklet", "document"):
+            key += turn.question.encode()
+        if task == "puzzle_chat":
+            key += " ".join(turn.question for turn in sample.turns).encode()
+        return key
+
+    def is_taken(question: Question) -> bool:
+        return key_of(question) in taken
+
+    ordered: dict[str, Iterator[Question]] = {}
     for kind, found in candidates(task).items():
-        chosen[kind] = []
-        for sample, turn in answers_in_turn(found):
-            key = b"".join(image.tobytes() for image in sample.images) or turn.question.encode()
-            if sample.source == "booklet":
-                key += turn.question.encode()
-            if task == "puzzle_chat":
-                key += " ".join(turn.question for turn in sample.turns).encode()
-            if len(chosen[kind]) < PER_KIND[task] and key not in taken:
-                taken.add(key)
-                chosen[kind].append((sample, turn))
+        if task == "mllm_language":  # running text stays as it is: frequent words are part of the matter
+            ordered[kind] = iter(found)
+        else:  # of a puzzle whose picture is taken the next answer has its turn, of others the next picture
+            ordered[kind] = answers_in_turn(found) if task in PUZZLE_TASKS else answers_in_turn(found, is_taken)
+    # kinds that share few pictures choose one by one, else the last would get what the others left
+    at_once = PER_KIND[task] if task in PUZZLE_TASKS else 1
+    chosen: dict[str, list[Question]] = {kind: [] for kind in ordered}
+    for _ in range(0, PER_KIND[task], at_once):
+        for kind, found in ordered.items():
+            free = (question for question in found if not is_taken(question))
+            for question in islice(free, at_once):
+                taken.add(key_of(question))
+                chosen[kind].append(question)
     # question i of n of its kind stands at (i + 1/2) / n: every prefix holds each kind in proportion
     placed = [((i + 0.5) / len(rows), kind, row) for kind, rows in sorted(chosen.items()) for i, row in enumerate(rows)]
     order = sorted(chosen)
@@ -203,6 +234,9 @@ def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
     if kind == "choice":  # "Is this a plant or a tool?"
         first, second = turn.question.removeprefix("Is this ").removesuffix("?").split(" or ")
         return [noun.removeprefix("an ").removeprefix("a ") for noun in (first, second)]
+    if kind in NAMED:  # "Which number is larger, 31 or 13?"
+        named = turn.question.rstrip("?.").rpartition(NAMED[kind])[2]
+        return named.replace(" or ", ", ").split(", ")
     if kind in OPEN or kind.startswith("caption"):
         return []
     closed = CLOSED.get(kind) or sorted(set(answers))
@@ -212,7 +246,7 @@ def options_of(kind: str, turn: Turn, answers: Iterable[str]) -> list[str]:
 
 def rows_of(task: str) -> list[dict[str, Any]]:
     """The rows of a task's Parquet file."""
-    chosen, puzzle = choose(task), task in PUZZLE_TASKS
+    chosen = choose(task)
     answers: dict[str, set[str]] = defaultdict(set)
     for kind, (_, turn) in chosen:
         answers[kind].add(turn.answer)
@@ -223,7 +257,7 @@ def rows_of(task: str) -> list[dict[str, Any]]:
             "kind": kind,
             "source": sample.source,
             "group": sample.group,
-            "images": [{"bytes": (webp if puzzle else png)(image), "path": None} for image in sample.images],
+            "images": [{"bytes": webp(image, sample.source not in PHOTOS), "path": None} for image in sample.images],
             "question": turn.question,
             "answer": turn.answer,
             "answers": [turn.answer, *turn.accepted],
@@ -248,6 +282,8 @@ def score(task: str, row: dict[str, Any], reply: str) -> float:
         return max(content_f1(reply, answer) for answer in row["answers"])
     if task == "puzzle_list":
         return item_f1(reply, row["answer"])
+    if task == "mllm_language":
+        return float(reply == row["answer"])
     return float(is_right(reply, row["answers"], row["options"]))
 
 
@@ -261,7 +297,8 @@ def blind_scores(task: str, rows: list[dict[str, Any]]) -> dict[str, float]:
         replies: list[Callable[[dict[str, Any]], str]] = [
             lambda row, answer=answer: answer for answer in sorted({row["answer"] for row in group})
         ]
-        if all(row["options"] for row in group) and len({tuple(row["options"]) for row in group}) > 1:
+        named = NAMED.get(group[0]["kind"]) == ": "  # to say the first of a list that is asked for is no blind reply
+        if not named and all(row["options"] for row in group) and len({tuple(row["options"]) for row in group}) > 1:
             replies += [lambda row: row["options"][0], lambda row: row["options"][-1]]  # always the first, or the last
         if group[0]["evidence"] >= 0 and group[0]["kind"] == "page":
             replies.append(lambda row: str(len(row["images"])))
@@ -305,7 +342,7 @@ def main() -> None:
         path = out / f"{task}.parquet"
         schema = datasets.Features(columns | (chat if task == "puzzle_chat" else {})).arrow_schema
         # one group and one large dictionary: a page that many documents share is stored once
-        whole = {"row_group_size": len(rows), "dictionary_pagesize_limit": 1 << 26} if task in PUZZLE_TASKS else {}
+        whole = {"row_group_size": len(rows), "dictionary_pagesize_limit": 1 << 26}
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd", **whole)
         manifest[task] = {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

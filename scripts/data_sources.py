@@ -2,13 +2,15 @@
 
 Sources: openclipart (public domain; Debian package ``openclipart-png``), Noto emoji (Apache-2.0; npm package
 ``emoji-datasource-google``), and what :mod:`mllm.drawn` draws, with free fonts (Debian packages
-``fonts-dejavu-core fonts-liberation fonts-freefont-ttf``).
+``fonts-dejavu-core fonts-liberation fonts-freefont-ttf``). For test alone, the Jargon File (public domain; Debian
+package ``jargon-text``).
 
 Training and test never share a picture, a concept (all pictures of cats lie on one side), a font or a document.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -300,6 +302,64 @@ def requests(split: str) -> list[str]:
     return [request for request in (*asked, *_SAYINGS) if side(request) == split]
 
 
+# --- text for test alone ----------------------------------------------------------------------------------------------
+
+
+def following_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
+    """Instructions without a picture whose results can be checked; training has none of these kinds."""
+    rng = rng_for("following", split, seed)
+    for _ in range(n):
+        kind = rng.choice(("repeat", "larger number", "next number", "alphabet", "first of a list", "last of a list"))
+        some, number = rng.sample(drawn.WORDS, 4), rng.randrange(10, 99)
+        if kind == "repeat":
+            question, answer = f"Repeat these words: {' '.join(some[:3])}.", " ".join(some[:3])
+        elif kind == "larger number":
+            other = rng.choice([value for value in range(10, 100) if value != number])
+            question, answer = f"Which number is larger, {number} or {other}?", str(max(number, other))
+        elif kind == "next number":
+            number = rng.randrange(10, 300)
+            question, answer = f"Which number comes right after {number}?", str(number + 1)
+        elif kind == "alphabet":
+            question, answer = f"Which word comes first in the alphabet, {some[0]} or {some[1]}?", min(some[:2])
+        else:
+            which, place = ("first", 0) if kind == "first of a list" else ("last", -1)
+            question, answer = f"What is the {which} word of this list: {', '.join(some)}?", some[place]
+        yield Sample((), (Turn(question, answer, kind=kind),), "following", question)
+
+
+JARGON = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
+#: entries that not everybody wants to read
+_CRUDE = re.compile(r"fuck|shit|piss|sex|porn|crap|bitch|nazi|suck|ass\b|arse|drug|kill|rape|whore|damn|hell\b", re.I)
+
+
+def passages() -> list[str]:
+    """Paragraphs of the Jargon File as single lines of 30 to 150 words, in ASCII, without marks of references."""
+    if not JARGON.exists():
+        raise LoadError(f"{JARGON} does not exist. Install it with: apt-get install jargon-text")
+    text = gzip.decompress(JARGON.read_bytes()).decode()
+    text = text.translate(str.maketrans({"{": "", "}": "", "“": '"', "”": '"', "‘": "'", "’": "'", "—": "--"}))
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    return [
+        part
+        for part in dict.fromkeys(paragraphs)
+        if 30 <= len(part.split()) <= 150 and part.isascii() and not re.search(r"[\[\]|<>*_=\\]", part)
+        if not _CRUDE.search(part)
+    ]
+
+
+def passage_samples(split: str, seed: int, n: int) -> Iterator[Sample]:
+    """A passage up to a word that it ends in soon, and that word; one to each passage, all of them test."""
+    rng = rng_for("passages", split, seed)
+    found = passages()
+    for passage in rng.sample(found, min(n, len(found))):
+        words = passage.split()
+        places = [k for k in range(len(words) // 2, len(words)) if re.fullmatch(r"[a-z]{3,}[.,;]?", words[k])]
+        if places:
+            place = rng.choice(places)
+            word = words[place].rstrip(".,;")
+            yield Sample((), (Turn(" ".join(words[:place]), word, kind="last word"),), "jargon-file", passage)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 SOURCES = {
@@ -310,6 +370,9 @@ SOURCES = {
     "documents": with_fonts(drawn.document_samples),
     "text": drawn.text_samples,
 }
+
+#: what no model is trained on
+TEST_SOURCES = {"following": following_samples, "passages": passage_samples}
 
 if __name__ == "__main__":
     for split_name in SPLITS:

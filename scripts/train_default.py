@@ -399,8 +399,8 @@ def curve(rows: list[dict[str, Any]], picture: Path) -> None:
     plt.close(figure)
 
 
-#: committed task -> tokens that a reply may have, as in its YAML file
-TASKS = {"mllm_vqa": 10, "mllm_caption": 20, "mllm_reading": 8, "mllm_docqa": 8, "mllm_text": 12}
+#: committed task -> tokens that a reply may have, as in its YAML file; 0: no reply, how a text goes on
+TASKS = {"mllm_vqa": 10, "mllm_caption": 20, "mllm_reading": 8, "mllm_docqa": 8, "mllm_text": 12, "mllm_language": 0}
 CONTROLS = ("picture", "shuffled", "blank")
 TEXT_ONLY = ("trained", "before training")
 
@@ -421,7 +421,29 @@ def replies(model: Any, processor: Any, asked: list[tuple[str, list[Any]]], toke
     return (known[key] for key in keys)
 
 
-def evaluate(models: dict[str, Any], processor: Any, limit: int | None = None, size: int = 8) -> list[dict[str, Any]]:
+def goes_on(model: Any, processor: Any, docs: list[dict[str, Any]], size: int) -> Iterator[float]:
+    """Whether greedy decoding says the word that follows each text, 0 or 1."""
+    from lmms_eval.api.instance import Instance
+
+    from mllm.eval.lmms_model import MllmLmms
+    from mllm.eval.tasks.utils import next_word
+
+    requests = [
+        Instance(
+            request_type="loglikelihood",
+            arguments=(doc["question"], next_word(doc), number, doc["task"], "test"),
+            idx=0,
+            metadata={"task": doc["task"], "doc_id": number, "repeats": 1},
+        )
+        for number, doc in enumerate(docs)
+    ]
+    lm = MllmLmms(loaded=(model, processor), batch_size=size)
+    return (float(same) for _, same in lm.loglikelihood(requests))
+
+
+def evaluate(
+    models: dict[str, Any], processor: Any, tasks: list[str], limit: int | None = None, size: int = 8
+) -> list[dict[str, Any]]:
     """Scores by task and kind of question, with the picture, with another question's, and with a blank one.
 
     ``models`` holds the trained one and the one before; of the latter the questions without a picture are asked alone.
@@ -433,7 +455,7 @@ def evaluate(models: dict[str, Any], processor: Any, limit: int | None = None, s
     from mllm.eval.tasks.utils import score_answer, score_caption
 
     rows = []
-    for task, tokens in TASKS.items():
+    for task in tasks:
         verify_data(task)
         docs = pq.read_table(task_folder() / "data" / f"{task}.parquet").to_pylist()[:limit]
         pictures = [[open_image(io.BytesIO(image["bytes"])) for image in doc["images"]] for doc in docs]
@@ -451,10 +473,15 @@ def evaluate(models: dict[str, Any], processor: Any, limit: int | None = None, s
         score = score_caption if task == "mllm_caption" else score_answer
         scores: dict[tuple[str, str], list[float]] = {}
         for control, (model, seen) in asked.items():
-            questions = [(doc["question"], row) for doc, row in zip(docs, seen, strict=True)]
-            for doc, reply in zip(docs, replies(model, processor, questions, tokens, size), strict=True):
+            if tokens := TASKS[task]:
+                questions = [(doc["question"], row) for doc, row in zip(docs, seen, strict=True)]
+                replied = zip(docs, replies(model, processor, questions, tokens, size), strict=True)
+                values = [next(iter(score(doc, [reply]).values())) for doc, reply in replied]
+            else:
+                values = list(goes_on(model, processor, docs, size))
+            for doc, value in zip(docs, values, strict=True):
                 for kind in ("all", doc["kind"]):
-                    scores.setdefault((kind, control), []).extend(score(doc, [reply]).values())
+                    scores.setdefault((kind, control), []).append(value)
         for (kind, control), values in sorted(scores.items(), key=lambda item: item[0][0] != "all"):
             row = {"task": task, "kind": kind, "input": control, "n": len(values), "score": sum(values) / len(values)}
             rows.append(row | {"ci95": list(interval(values))})
@@ -486,7 +513,7 @@ AdamW, peak rate 4e-4, cosine, on one CPU core in 77 minutes; early batches see 
 196; a quarter of the chats are talks of several turns. `loss.png` shows it.
 {validation}
 
-**Held-out scores** (`scripts/train_default.py --evaluate --limit {limit}`; the committed evaluation tasks, free
+**Held-out scores** (`scripts/train_default.py --evaluate`; the committed evaluation tasks, all questions, free
 generation, 95 % intervals). *shuffled* shows the picture of another question of the same kind with another answer,
 *blank* a white one: what is not above these does not come from the picture. (A model that looks scores below chance
 when shuffled, since the other picture shows another answer.) Accuracy; for captions, F1 of the content words. The best
@@ -547,7 +574,6 @@ def write_card(rows: list[dict[str, Any]], recipe: dict[str, str], folder: Path 
         validation=f"Loss on validation samples of the training side, before and after:\n{listed}." if after else "",
         table="\n".join(lines["pictures"]),
         text="\n".join(lines["text"]),
-        limit=max(row["n"] for row in rows),
         constant=", ".join(f"{manifest()[task]['constant_reply']:.2f} in {task}" for task in constant),
         verdict=VERDICT,
     )
@@ -565,6 +591,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="write the weights into the package and stop")
     parser.add_argument("--evaluate", action="store_true", help="score the packaged weights and write their model card")
     parser.add_argument("--limit", type=int, help="with --evaluate: questions a task; all without")
+    parser.add_argument("--tasks", help="with --evaluate: tasks with commas; the scores of the others stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.export:
@@ -576,7 +603,12 @@ def main() -> None:
             freeze(models[name].eval())
         with safe_open(PROJECTOR, "pt") as file:
             recipe = file.metadata()
-        write_card(evaluate(models, processor, arguments.limit), recipe)
+        tasks = arguments.tasks.split(",") if arguments.tasks else list(TASKS)
+        rows = evaluate(models, processor, tasks, arguments.limit)
+        if arguments.tasks:
+            rows += [row for row in json.loads((WEIGHTS / "scores.json").read_text()) if row["task"] not in tasks]
+            rows.sort(key=lambda row: list(TASKS).index(row["task"]))
+        write_card(rows, recipe)
     else:
         torch.manual_seed(0)  # of a projector that starts at random
         learner, init = Learner(*assemble(*part_files()), arguments.rank), "random"

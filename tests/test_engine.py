@@ -408,12 +408,17 @@ def test_markers_are_told_by_id_and_by_embedding(family):
 
 
 @every_family
-@pytest.mark.parametrize("stack", [Stack(DyVTE(exit_layer=2)), Stack(NAAViT(layers=[1, 3]))], ids=str)
+@pytest.mark.parametrize(
+    "stack", [Stack(DyVTE(exit_layer=2)), Stack(NAAViT(layers=[1, 3])), Stack(NAAViT()), Stack(FreezeVisual())], ids=str
+)
 def test_hidden_states_have_full_length(family, stack):
     model, inputs = prepared(family, kind="batch")
+    with torch.no_grad():
+        embeds = model(**inputs, output_hidden_states=True).hidden_states[0]
     with stack(model), torch.no_grad():
         states = model(**inputs, output_hidden_states=True)
         plain = model(**inputs)
+    torch.testing.assert_close(states.hidden_states[0], embeds)
     assert [s.shape[:2] for s in states.hidden_states] == [inputs["input_ids"].shape] * 7
     text = inputs["attention_mask"].bool() & ~visual_mask(model, inputs)
     torch.testing.assert_close(states.logits[text], plain.logits[text], atol=1e-5, rtol=1e-5)
@@ -422,7 +427,7 @@ def test_hidden_states_have_full_length(family, stack):
 
 def test_hidden_states_under_generate():
     model, inputs = prepared()
-    with DyVTE(exit_layer=2)(model):
+    with NAAViT()(model):
         output = answer(model, inputs, output_hidden_states=True, return_dict_in_generate=True)
     assert [s.shape[1] for s in output.hidden_states[0]] == [inputs["input_ids"].shape[1]] * 7
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lmms_eval.api.instance import Instance
 from tiny import FAMILIES, tiny_image, tiny_model, tiny_processor
 
@@ -68,6 +69,56 @@ def test_records_count_what_was_spent():
         assert 0 < record.flops <= record.dense_flops
         assert (record.flops < record.dense_flops) or not DOCS[number]["images"]
     assert not lm.model.model._forward_pre_hooks
+
+
+TEXTS = [
+    ("The cat sat on", " the mat"),
+    ("Why", " not"),
+    ("One, two,", " three"),
+    ("A longer text of many words", " ends"),
+]
+
+
+def likelihoods(texts: list[tuple[str, str]]) -> list[Instance]:
+    return [
+        Instance(
+            "loglikelihood",
+            (text, continuation, number, "task", "test"),
+            0,
+            {"task": "task", "doc_id": number, "repeats": 1},
+        )
+        for number, (text, continuation) in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stack", [Stack(), Stack(DyVTE(exit_layer=2))], ids=["plain", "exit"])
+def test_likelihoods_are_those_of_token_after_token(family, stack):
+    lm = make(family=family, stack=stack, batch_size=3)
+    found = lm.loglikelihood(likelihoods(TEXTS))
+    tokenizer = lm.processor.tokenizer
+    for number, (text, continuation) in enumerate(TEXTS):
+        ids, start = tokenizer(text + continuation, return_tensors="pt")["input_ids"], len(tokenizer(text)["input_ids"])
+        with torch.no_grad():
+            steps = [lm.model(input_ids=ids[:, :end]).logits[0, -1] for end in range(start, ids.shape[1])]
+        expected = sum(step.log_softmax(-1)[ids[0, start + k]].item() for k, step in enumerate(steps))
+        assert found[number][0] == pytest.approx(expected, abs=1e-3)
+        assert not found[number][1]
+        said = lm.processor.decode(torch.stack(steps).argmax(-1))
+        assert lm.records["task", number].text == said
+        assert lm.records["task", number].flops > 0
+    greedy = [(text, lm.records["task", number].text) for number, (text, _) in enumerate(TEXTS)]
+    one = [tokenizer(text + said)["input_ids"] for text, said in greedy]
+    kept = [row for row, ids in zip(greedy, one, strict=True) if len(ids) == len(tokenizer(row[0])["input_ids"]) + 1]
+    assert all(same for _, same in make(family=family, batch_size=1).loglikelihood(likelihoods(kept)))
+
+
+def test_a_likelihood_of_nothing_is_an_error_of_its_own():
+    lm = make(on_error="record")
+    (first, second) = lm.loglikelihood(likelihoods([("A text", " "), TEXTS[0]]))
+    assert first == (float("-inf"), False)
+    assert second[0] > float("-inf")
+    assert "empty" in lm.records["task", 0].error
 
 
 def test_settings_are_grouped_and_stops_cut():
@@ -161,8 +212,6 @@ def test_wrong_arguments(options, message):
 
 
 def test_what_is_not_supported_says_so():
-    with pytest.raises(EvalError, match="likelihoods"):
-        make().loglikelihood([])
     with pytest.raises(EvalError, match="several rounds"):
         make().generate_until_multi_round([])
 

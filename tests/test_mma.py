@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mllm import Stack
 from mllm.adapters import ModalityMutualAttention
 from mllm.engine import Step
-from mllm.errors import ConfigError, ConflictError, InputError
+from mllm.errors import CacheError, ConfigError, ConflictError, InputError
 from mllm.layout import TokenLayout
 from mllm.roles import ChatFormat, Roles
-from mllm.token_pruning import DyVTE
+from mllm.token_pruning import DyVTE, FreezeVisual, NAAViT
 
 MMA = ModalityMutualAttention
 
@@ -287,3 +287,52 @@ def test_the_format_comes_from_the_template():
     processor = tiny_processor("qwen2_5_vl")
     found = ChatFormat.from_processor(processor)
     assert all(IMAGE_ID not in spelling for spelling in (*found.user, *found.assistant))
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("turns", "pictures"), [("first", 1), ("all_previous", 1), ("all_previous", 0)])
+def test_a_later_turn_that_concerns_cached_ones_is_refused(turns, pictures):
+    model, processor = tiny_model("llava"), tiny_processor("llava")
+    image = processor.image_token
+    first = processor(text=[f"USER: {image}what is it? ASSISTANT:"], images=[[tiny_image(1)]], return_tensors="pt")
+    more = {"images": [[tiny_image(2)]]} if pictures else {}
+    text = f" red USER: {image * pictures}and this? ASSISTANT:"
+    second = processor(text=[text], return_tensors="pt", add_special_tokens=False, **more)
+    length = first["input_ids"].shape[1] + second["input_ids"].shape[1]
+    second["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+    with MMA(turns=turns)(model, processor), torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        with pytest.raises(CacheError, match="all turns in one call"):
+            model(**second, past_key_values=cache)
+
+
+@pytest.mark.parametrize("turns", ["own", "first"])
+def test_a_later_turn_of_text_goes_on(turns):
+    model, processor = tiny_model("llava"), tiny_processor("llava")
+    first = processor(
+        text=[f"USER: {processor.image_token}what is it? ASSISTANT:"], images=[[tiny_image(1)]], return_tensors="pt"
+    )
+    second = processor(text=[" red USER: and now? ASSISTANT:"], return_tensors="pt", add_special_tokens=False)
+    whole = {name: torch.cat([first[name], second[name]], dim=1) for name in ("input_ids", "attention_mask")}
+    with MMA(turns=turns)(model, processor), torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        found = model(input_ids=second["input_ids"], attention_mask=whole["attention_mask"], past_key_values=cache)
+        alone = model(**whole, pixel_values=first["pixel_values"], use_cache=False)
+    close(found.logits[0], alone.logits[0, -second["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        (Stack(NAAViT(), MMA()), "attend in no layer"),
+        (Stack(MMA(bidirectional_images=True), FreezeVisual()), "attend in no layer"),
+        (Stack(NAAViT(layers=[0, 1, 2]), DyVTE(exit_layer=2), MMA()), "attend in no layer"),
+        (Stack(MMA(), DyVTE(gate="light", candidate_layers=[1], recoverable=True)), "recoverable=False"),
+    ],
+    ids=str,
+)
+def test_stacks_that_leave_it_nothing_are_refused(stack, message):
+    with pytest.raises(ConflictError, match=message):
+        stack.attach(tiny_model("llava"), tiny_processor("llava"))

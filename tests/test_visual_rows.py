@@ -180,3 +180,29 @@ def test_segments_equal_the_mask(family, kind, monkeypatch):
     monkeypatch.setattr(Step, "_segments", lambda *_: None)
     with NAAViT()(model):
         close(fast[text], logits(model, inputs)[text])
+
+
+def test_other_weights_forget_pictures():
+    """Between training steps, or after an adapter was merged, kept keys would be those of another model."""
+    model, processor = tiny_model("llava", fresh=True), tiny_processor("llava")
+    inputs = tiny_inputs(model, processor, "one")
+    with torch.no_grad(), NAAViT(image_cache=4)(model) as run:
+        model(**inputs)
+        model(**inputs)
+        assert run.image_cache.hits == 1
+        for parameter in model.model.language_model.layers.parameters():
+            parameter.mul_(1.5)
+        found = model(**inputs).logits
+        assert run.image_cache.hits == 1
+        run.image_cache.clear()
+        torch.testing.assert_close(found, model(**inputs).logits, atol=0, rtol=0)
+
+
+def test_hidden_states_are_not_served_from_kept_pictures():
+    model, processor = tiny_model("llava"), tiny_processor("llava")
+    inputs = tiny_inputs(model, processor, "one")
+    with torch.no_grad(), NAAViT(image_cache=4)(model) as run:
+        first, second = (model(**inputs, output_hidden_states=True) for _ in "ab")
+    assert run.image_cache.hits == 0
+    for one, two in zip(first.hidden_states, second.hidden_states, strict=True):
+        torch.testing.assert_close(one, two, atol=0, rtol=0)

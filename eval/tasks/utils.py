@@ -61,6 +61,11 @@ def doc_to_target(doc: Doc) -> str:
     return doc["answer"]
 
 
+def next_word(doc: Doc) -> str:
+    """The word that follows a text, after its space."""
+    return f" {doc['answer']}"
+
+
 def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
     """Accuracy of one short answer, 0 or 1."""
     return {"accuracy": float(is_right(results[0], doc["answers"], doc["options"]))}
@@ -88,6 +93,12 @@ def cider(captions: list[dict[str, Any]]) -> float:
 def score_list(doc: Doc, results: list[str]) -> dict[str, float]:
     """F1 of the things that a list names, 0 to 1."""
     return {"item_f1": item_f1(results[0], doc["answer"])}
+
+
+def score_next_word(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Whether greedy decoding says the word that follows, 0 or 1."""
+    (_, same) = results[0]
+    return {"accuracy": float(same)}
 
 
 def mean(values: list[float]) -> float:
