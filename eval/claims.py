@@ -9,7 +9,6 @@ over questions: it says what other questions would give, not what other seeds wo
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from mllm.config import Config
 from mllm.errors import ConfigError, EvalError, LoadError
 from mllm.eval.results import cell_path, read_cell, write_json
 from mllm.eval.runner import run_grid
-from mllm.eval.stats import Z95
+from mllm.eval.stats import adjusted
 from mllm.eval.tasks import manifest
 from mllm.loading import TINY
 from mllm.technique import Stack, Technique, get_technique
@@ -271,7 +270,7 @@ class Measured:
         limit, batch_size = limit or self.limit, batch_size or self.batch_size
         config = Config(name, Stack(*techniques))
         how = {"dtype": "float32", "device": "cpu", "progress": self.bars}
-        run_grid(dict([model]), [config], tasks, self.out, limit, batch_size, **how)
+        run_grid(dict([model]), [config], tasks, self.out, limit, batch_size, retry=True, **how)
         found = Scores({}, {}, {})
         for task in tasks:
             cell = read_cell(cell_path(self.out, model[0], name, task))
@@ -303,11 +302,13 @@ class Estimate:
     @property
     def level(self) -> str:
         """As a share, without a sign, between 0 and 100."""
-        return f"{100 * self.value:.1f} [{max(0.0, 100 * self.low):.1f}, {min(100.0, 100 * self.high):.1f}]"
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def estimate(runs: Sequence[Mapping[Any, float]]) -> Estimate:
-    """Mean of questions over some seeds that all answered them; normal interval over questions.
+def estimate(runs: Sequence[Mapping[Any, float]], low: float = 0.0, high: float = 1.0) -> Estimate:
+    """Mean of questions over some seeds that all answered them, each between ``low`` and ``high``.
+
+    The interval is over questions, see :func:`mllm.eval.stats.adjusted`.
 
     Raises:
         EvalError: there are none.
@@ -316,18 +317,16 @@ def estimate(runs: Sequence[Mapping[Any, float]]) -> Estimate:
     if not keys:
         raise EvalError("A kind of question does not come up among so few. Ask for more of each task: --limit 20.")
     values = [sum(run[key] for run in runs) / len(runs) for key in sorted(keys, key=str)]
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    half = Z95 * math.sqrt(variance / len(values))
     seeds = tuple(sum(run[key] for key in keys) / len(keys) for run in runs)
-    return Estimate(mean, mean - half, mean + half, seeds if len(runs) > 1 else ())
+    return Estimate(sum(values) / len(values), *adjusted(values, low, high), seeds if len(runs) > 1 else ())
 
 
 def difference(ones: Sequence[Scores], others: Sequence[Scores]) -> Estimate:
     """Paired difference of two ways, seed by seed; a way with one run is compared with each run of the other."""
     count = max(len(ones), len(others))
     pairs = zip(list(ones) * (count // len(ones)), list(others) * (count // len(others)), strict=True)
-    return estimate([{key: a.score[key] - b.score[key] for key in a.score if key in b.score} for a, b in pairs])
+    paired = [{key: a.score[key] - b.score[key] for key in a.score if key in b.score} for a, b in pairs]
+    return estimate(paired, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -475,9 +474,12 @@ def urag(measured: Measured, seeds: Sequence[int] = SEEDS) -> list[Row]:
         if gain.seeds:
             rows.append(Row(name, "the same, seed by seed", task, _each(gain)))
         asked, third = "page number", max(1, measured.limit // 3)  # the one kind that a single page can answer
+        before = sum(row["kind"] == asked for row in documents(task)[:seen])
         alone = [
-            measured.over(measured.model("urag_joint", seed), "none", [], (f"{task}_gold",), third) for seed in seeds
+            measured.over(measured.model("urag_joint", seed), "none", [], (f"{task}_gold",), before + third)
+            for seed in seeds
         ]
+        alone = [run.only(key for key in run.score if key[1] >= before) for run in alone]
         gold = estimate([run.score for run in alone])
         levels = (estimate([run.kind(asked).score for run in runs]).level for runs in (everything, kept))
         what = "{}: all pages {}, kept pages {}, gold page".format(asked, *levels)
@@ -547,8 +549,12 @@ def _better(found: Estimate) -> str:
 
 
 def _kept(drop: Estimate, flops: float) -> str:
-    """Whether half a point at most is lost, and something is saved for it."""
-    return "does not hold" if drop.value < -0.005 else "holds" if flops < 0.995 else "saves nothing"
+    """Whether half a point at most is lost, and something is saved for it; ``(point)``: the interval leaves it open."""
+    if flops >= 0.995:
+        return "saves nothing"
+    if drop.value < -0.005:
+        return "does not hold" if drop.high < -0.005 else "does not hold (point)"
+    return "holds" if drop.low >= -0.005 else "holds (point)"
 
 
 def _task_by_task(name: str, what: str, ones: list[Scores], others: list[Scores]) -> list[Row]:

@@ -217,9 +217,9 @@ class MllmLmms(lmms):
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
         until = settings.pop("until", None) or []
         options = {name: settings[name] for name in _GENERATION if settings.get(name) is not None}
-        if not options.get("do_sample", options.get("temperature", 0) > 0):
-            options = {name: options[name] for name in ("max_new_tokens", "num_beams") if name in options}
-            options["do_sample"] = False
+        options.setdefault("do_sample", options.get("temperature", 0) > 0)
+        if not options["do_sample"]:  # what only sampling reads would be warned about
+            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         options.setdefault("max_new_tokens", 128)
         return _Request(number, text, images, options, [until] if isinstance(until, str) else list(until))
 
@@ -282,6 +282,8 @@ class MllmLmms(lmms):
             ids, alone = ids[mask.bool()].tolist(), self.processor.tokenizer(request.text)["input_ids"]
             # the continuation's tokens begin where the text's own end; one that both share is the continuation's
             shared = next((k for k, (one, two) in enumerate(zip(ids, alone, strict=False)) if one != two), len(alone))
+            if not shared:
+                raise InputError("The continuation joins the text's first token, before which there is nothing.")
             lengths.append(len(ids) - shared)
         run.reset()
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mllm.errors import EvalError
+from mllm.eval.stats import adjusted
 
 DASH = "–"
 OVERALL = "overall"
@@ -102,7 +103,8 @@ class Row:
         costs: values by the keys of :data:`COSTS`, in their own units (FLOPs, ms, 1/s, bytes).
         dense: what the plain model would have spent on the same tokens, where the cell tells it.
         ratios: costs relative to ``dense``, else to what the plain model did spend, whose replies have other lengths.
-        front: no other row has a score as high for as few FLOPs.
+        front: no other row has a score as good for as few FLOPs.
+        higher: a higher score is better.
     """
 
     model: str
@@ -120,6 +122,7 @@ class Row:
     ratios: dict[str, float | None] = field(default_factory=dict)
     baseline: bool = False
     front: bool = False
+    higher: bool = True
 
 
 def pareto_front(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
@@ -164,11 +167,7 @@ def paired_difference(scores: dict[Any, float], plain: dict[Any, float]) -> tupl
         return None
     differences = [scores[key] - plain[key] for key in shared]
     unit = max(1.0, *(abs(d) for d in differences))  # scores of 0 to 1, unless the metric says otherwise
-    added = [*differences, unit, -unit]
-    mean = sum(added) / len(added)
-    variance = sum((d - mean) ** 2 for d in added) / len(added)
-    half = 1.96 * math.sqrt(variance / len(added))
-    return sum(differences) / len(differences), (max(-unit, mean - half), min(unit, mean + half))
+    return sum(differences) / len(differences), adjusted(differences, -unit, unit)
 
 
 def _sample_scores(cell: Cell) -> dict[Any, float]:
@@ -240,13 +239,21 @@ def summarize(cells: Sequence[Cell]) -> Summary:
     for (model, config, task), cell in chosen.items():
         base = chosen.get((model, plain[model] or "", task))
         if base is not None and base is not cell:
+            others = [what for what in ("weights", "data") if cell.get(what) != base.get(what)]
+            if others:
+                warnings.append(
+                    f"{model} / {config} / {task} was measured with other {' and '.join(others)} than "
+                    f"{plain[model]}: they do not compare. Measure both again."
+                )
+                continue
             row = next(r for r in tables[task] if (r.model, r.config) == (model, config))
             row.gain = paired_difference(_sample_scores(cell), _sample_scores(base))
     if len(tasks) > 1:
         overall = [_overall_row(model, config, tables, plain[model] == config) for model, config in pairs]
         tables = {OVERALL: overall, **tables}
     for rows in tables.values():
-        for row, front in zip(rows, pareto_front([(r.costs.get("flops"), r.score) for r in rows]), strict=True):
+        points = [(r.costs.get("flops"), r.score if r.higher or r.score is None else -r.score) for r in rows]
+        for row, front in zip(rows, pareto_front(points), strict=True):
             row.front = front
         for row in rows:
             base = next((r for r in rows if r.model == row.model and r.baseline), None)
@@ -280,6 +287,7 @@ def _task_row(model: str, config: str, task: str, cell: Cell | None, baseline: b
         costs={key: _number(cell.get(key)) for key in COSTS},
         dense={key: _number(cell.get(f"dense_{key}")) for key in ("flops", "kv_bytes")},
         baseline=baseline,
+        higher=cell.get("higher_is_better") is not False,
     )
 
 
@@ -294,7 +302,7 @@ def _overall_row(model: str, config: str, tables: dict[str, list[Row]], baseline
     failed = [row.errors for row in rows if row.errors is not None]
     total.n, total.errors = sum(counted) if counted else None, sum(failed) if failed else None
     scores = [row.score for row in parts if row.score is not None]
-    if not scores or len(scores) != len(parts):
+    if not scores or len(scores) != len(parts) or not all(row.higher for row in parts):
         return total
     total.score = sum(scores) / len(scores)
     total.ci = combine_intervals(scores, [row.ci for row in parts])
@@ -343,7 +351,10 @@ def _mixtures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], C
         if task != OVERALL and len(counts) > 1:
             remarks.append(f"{task}: the configurations were not given the same number of samples.")
         missing = [_label(row, True) for row in rows if row.score is None]
-        if missing and task == OVERALL:
+        lower = list(dict.fromkeys(row.task for part in tables.values() for row in part if not row.higher))
+        if missing and task == OVERALL and lower:
+            remarks.append(f"No overall score, because less is better in {', '.join(lower)}.")
+        elif missing and task == OVERALL:
             remarks.append(f"No overall score, because a task is missing: {', '.join(missing)}.")
         elif missing:
             remarks.append(f"{task}: no score for {', '.join(missing)}.")

@@ -8,11 +8,13 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def run_grid(
     device: str = "auto",
     include_path: str | Path | None = None,
     fresh: bool = False,
+    retry: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Evaluate every model under every config on every task; finished cells of an earlier run are reused.
@@ -57,6 +60,7 @@ def run_grid(
         batch_size, attn, dtype, device: as for :class:`mllm.eval.lmms_model.MllmLmms`.
         include_path: a folder with further tasks.
         fresh: run finished cells again.
+        retry: run finished cells again in which samples failed.
         progress: show bars on stderr.
 
     Returns:
@@ -80,6 +84,8 @@ def run_grid(
     sources = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
     loaded_configs = [config if isinstance(config, Config) else load_config(config) for config in configs]
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
+    identities = {source: _model_digest(str(source)) for source in sources.values()}
+    data = {task: _task_digest(task, include_path) for task in tasks}
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvalError(f"Several configs are named {', '.join(sorted(twice))}. Give each its own name.")
@@ -108,17 +114,19 @@ def run_grid(
             for task in tasks:
                 for config in loaded_configs:
                     samples = limits.get(task)
-                    key = _key(str(source), config, task, samples, batch_size, shared, include_path)
+                    belongs = {"weights": identities[source], "data": data[task]}
+                    parts = [str(source), config.digest, task, samples, batch_size, shared, belongs]
+                    key = _digest(json.dumps(parts, sort_keys=True).encode())
                     path = results.cell_path(out, name, config.name, task)
                     bar.set_postfix_str(f"{config.name}, {task}")
                     cell = _agree(results.read_cell(path) if first else None)
-                    if cell is None or cell["key"] != key:
+                    if cell is None or cell["key"] != key or (retry and cell["errors"]):
                         if model is None:
                             model = load(source, attn=attn, dtype=dtype, device=_local(device))
                             _warm_up(*model)
                         cell = _run_cell(model, name, config, task, samples, batch_size, shared, manager, progress)
                         if first:
-                            cell["key"] = key
+                            cell |= {**belongs, "key": key}
                             results.write_json(path, cell)
                     cells.append(cell)
                     bar.update()
@@ -129,28 +137,46 @@ def run_grid(
     return summary
 
 
-def _key(
-    model: str,
-    config: Config,
-    task: str,
-    limit: int | None,
-    batch_size: int,
-    shared: dict[str, str],
-    include_path: str | Path | None,
-) -> str:
-    """What a finished cell must agree in to be reused."""
-    parts: dict[str, Any] = {"model": model, "config": config.digest, "task": task, "limit": limit, **shared}
-    parts |= {"batch_size": batch_size, "include_path": str(include_path or "")}
-    if model == "default":
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
+
+
+def _model_digest(source: str) -> str | None:
+    """What a model is made of: a folder that is trained again in place holds another one under the same name.
+
+    Weights count by size and time, small files by content, a LoRA with what it was trained on. None of a hub name.
+    """
+    if source == "default":
         from mllm.default_model import weights_digest
 
-        parts["weights"] = weights_digest()
-    elif (folder := TINY if model == "tiny" else Path(model)).is_dir():
-        files = sorted(folder.glob("*.safetensors"))  # trained again in place: other weights under the same name
-        parts["weights"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if data := manifest().get(task):
-        parts["data"] = data["sha256"]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return weights_digest()
+    folder = TINY if source == "tiny" else Path(source)
+    if not folder.is_dir():
+        return None
+    parts = []
+    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+        if file.suffix in (".safetensors", ".bin"):
+            parts.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        elif file.suffix in (".json", ".jinja", ".txt", ".model"):
+            parts += [file.name.encode(), file.read_bytes()]
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        parts.append(str(base and _model_digest(base)).encode())
+    return _digest(*parts)
+
+
+def _task_digest(task: str, include_path: str | Path | None) -> str:
+    """What a task asks and how it is scored: of ours and of a folder's the files, of lmms-eval's own its version."""
+    ours = task_folder()
+    if include_path:
+        files = sorted(file for file in Path(include_path).rglob("*") if file.is_file() and file.suffix != ".pyc")
+    elif (yaml := ours / f"{task}.yaml").exists():
+        files = [yaml, ours / "_offline", *sorted(ours.glob("*.py"))]
+        files += [ours / name for name in re.findall(r"data/\S+\.parquet", yaml.read_text(encoding="utf-8"))]
+    else:
+        return f"lmms_eval {version('lmms_eval')}"
+    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
 
 
 def _local(device: str) -> str:
@@ -287,6 +313,7 @@ def _run_cell(
         "batch_size": batch_size,
         "limit": limit,
         "config_digest": config.digest,
+        "higher_is_better": output["configs"][task]["metric_list"][0].get("higher_is_better", True) is not False,
         "constant_reply": manifest().get(task, {}).get("constant_reply"),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),

@@ -126,6 +126,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="Folder with further lmms-eval tasks.")] = None,
     fresh: Annotated[bool, typer.Option(help="Run finished cells again.")] = False,
+    retry: Annotated[bool, typer.Option(help="Run finished cells again in which samples failed.")] = False,
 ) -> None:
     """Evaluate models x configs x tasks with lmms-eval and write the report.
 
@@ -145,6 +146,7 @@ def evaluate(
         device=device,
         include_path=include_path,
         fresh=fresh,
+        retry=retry,
     )
     if cells:  # only the first of several processes has them
         _write_report(out)

@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,
 from mllm.cli import app
 from mllm.errors import ConfigError, EvalError, LoadError
 from mllm.eval import claims
-from mllm.eval.claims import CLAIMS, PARTS, Scores, difference, estimate, mixed, run_claims
+from mllm.eval.claims import CLAIMS, PARTS, Estimate, Scores, _kept, difference, estimate, mixed, run_claims
 from mllm.training import trainable
 
 
@@ -44,9 +44,35 @@ def test_differences_are_those_of_each_question_and_seed(values, rng):
     assert found.seeds == pytest.approx(each)
     assert found.value == pytest.approx(statistics.mean(each))
     per_question = [statistics.mean(one.score[key] for one in ones) - base.score[key] for key in base.score]
-    half = 1.96 * statistics.stdev(per_question) / len(values) ** 0.5
-    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=1e-4)
+    added = [*per_question, -1.0, 1.0]  # Bonett and Price (2012)
+    middle, half = statistics.mean(added), 1.96 * statistics.pstdev(added) / len(added) ** 0.5
+    expected = max(-1.0, middle - half), min(1.0, middle + half)
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-4)
     assert found.low <= found.value <= found.high
+
+
+def test_intervals_keep_a_width():
+    """Eight of eight is not all of them: Wilson's interval begins at 0.68."""
+    level = estimate([scores([1.0] * 8).score])
+    assert (level.value, level.high) == (1.0, 1.0)
+    assert 0.65 < level.low < 0.85
+    same = difference([scores([1.0] * 200)], [scores([1.0] * 200)])
+    assert same.value == 0
+    assert -0.02 < same.low < -0.01 < 0.01 < same.high < 0.02
+
+
+@pytest.mark.parametrize(
+    ("drop", "flops", "verdict"),
+    [
+        ((0.0, -0.004, 0.004), 0.5, "holds"),
+        ((0.0, -0.014, 0.014), 0.5, "holds (point)"),
+        ((-0.01, -0.024, 0.004), 0.5, "does not hold (point)"),
+        ((-0.05, -0.06, -0.04), 0.5, "does not hold"),
+        ((0.0, -0.004, 0.004), 0.999, "saves nothing"),
+    ],
+)
+def test_verdicts_on_what_is_kept(drop, flops, verdict):
+    assert _kept(Estimate(*drop), flops) == verdict
 
 
 def test_one_run_has_no_seeds_and_equal_runs_do_not_differ():

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,64 @@ def test_a_killed_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     assert again == ["mllm_reading", *tasks]
     grid(model, tmp_path, tasks=tasks, limit=3, fresh=True)
     assert len(again) == 5
+
+
+def test_what_a_result_belongs_to(model, tmp_path):
+    """Whatever changes what a model or a task is makes another result of it."""
+    seen = set()
+
+    def new(digest):
+        assert digest not in seen
+        seen.add(digest)
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    new(runner._model_digest(str(folder)))
+    assert runner._model_digest(str(folder)) in seen
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    new(runner._model_digest(str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "more": 1}))
+    new(runner._model_digest(str(folder)))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    new(runner._model_digest(str(adapter)))
+    weights = next(folder.glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))  # trained again in place
+    new(runner._model_digest(str(adapter)))
+
+    tasks = shutil.copytree(task_folder(), tmp_path / "tasks")
+    for task in ("mllm_caption", "mllm_caption_cider", "puzzle_pages5", "puzzle_pages5_gold"):
+        new(runner._task_digest(task, None))
+    new(runner._task_digest("mllm_text", tasks))
+    (Path(tasks) / "scoring.py").write_text("")
+    new(runner._task_digest("mllm_text", tasks))
+
+
+def test_the_digest_of_a_task_follows_its_data(tmp_path, monkeypatch):
+    tasks = Path(shutil.copytree(task_folder(), tmp_path / "tasks"))
+    monkeypatch.setattr(runner, "task_folder", lambda: tasks)
+    names = ("mllm_caption", "mllm_caption_cider", "mllm_text")
+    before = [runner._task_digest(task, None) for task in names]
+    (tasks / "data" / "mllm_caption.parquet").write_bytes(b"other")
+    after = [runner._task_digest(task, None) for task in names]
+    assert [one == two for one, two in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_failed_cells_run_again_if_asked(model, tmp_path, monkeypatch):
+    from mllm.eval import lmms_model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmms_model, "open_image", lambda image: (_ for _ in ()).throw(OSError("disk away")))
+        tasks = ("puzzle_chat",)  # some with a picture, some without
+        (cell,) = grid(model, tmp_path, tasks=tasks, limit=6)
+    assert cell["errors"] > 0
+    assert cell["weights"]
+    assert cell["data"]
+    assert cell["higher_is_better"] is True
+    assert grid(model, tmp_path, tasks=tasks, limit=6)[0]["errors"] == cell["errors"]
+    assert grid(model, tmp_path, tasks=tasks, limit=6, retry=True)[0]["errors"] == 0
 
 
 def test_a_corrupt_cell_is_kept_aside_and_run_again(model, tmp_path, capsys):

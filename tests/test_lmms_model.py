@@ -9,7 +9,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from tiny import FAMILIES, tiny_image, tiny_model, tiny_processor
 
-from mllm import Stack
+from mllm import Stack, load
 from mllm.errors import ConfigError, DidNotFireError, EvalError, UnsupportedModelError
 from mllm.eval import lmms_model
 from mllm.eval.lmms_model import MllmLmms
@@ -111,6 +111,31 @@ def test_likelihoods_are_those_of_token_after_token(family, stack):
     one = [tokenizer(text + said)["input_ids"] for text, said in greedy]
     kept = [row for row, ids in zip(greedy, one, strict=True) if len(ids) == len(tokenizer(row[0])["input_ids"]) + 1]
     assert all(same for _, same in make(family=family, batch_size=1).loglikelihood(likelihoods(kept)))
+
+
+def test_temperature_samples_and_greedy_keeps_its_penalty():
+    lm = make(docs=DOCS[:1] * 8)
+    asked = []
+    generate, lm.model.generate = lm.model.generate, lambda **options: asked.append(options) or generate(**options)
+    try:
+        torch.manual_seed(0)
+        replies = lm.generate_until(requests(DOCS[:1] * 8, temperature=5.0, max_new_tokens=8))
+        assert len(set(replies)) > 1
+        lm.generate_until(requests(DOCS[:1], repetition_penalty=1.5, temperature=0))
+    finally:
+        del lm.model.generate
+    assert asked[0]["do_sample"] is True
+    assert (asked[-1]["do_sample"], asked[-1]["repetition_penalty"]) == (False, 1.5)
+    assert "temperature" not in asked[-1]
+
+
+def test_a_continuation_that_has_no_start_is_refused():
+    """ "red" is one token of this model: alone, nothing stands before it; in a batch, padding does."""
+    lm = MllmLmms(loaded=load("tiny", dtype="float32"), batch_size=2, on_error="record")
+    first, second = lm.loglikelihood(likelihoods([("r", "ed"), TEXTS[3]]))
+    assert first == (float("-inf"), False)
+    assert "first token" in lm.records["task", 0].error
+    assert second[0] > float("-inf")
 
 
 def test_a_likelihood_of_nothing_is_an_error_of_its_own():

@@ -453,3 +453,22 @@ def test_equal_work_tells_the_noise_of_times(tmp_path):
     assert "work: 2. Their TTFT" in text
     assert "0.80 to 1.20 times" in text
     assert "noise" not in build_report(write(tmp_path / "x", [cell("none"), cell("c")]))["markdown"].read_text()
+
+
+@pytest.mark.parametrize("what", ["weights", "data"])
+def test_other_weights_or_data_are_not_compared(what):
+    answers = [{"id": number, "score": number % 2} for number in range(4)]
+    base, other = (cell(name, samples=answers, **{what: where}) for name, where in (("none", "a"), ("exit_half", "b")))
+    summary = summarize([base, other])
+    assert row_of([base, other], "mllm_vqa", "exit_half").gain is None
+    assert any(f"other {what}" in warning and "exit_half" in warning for warning in summary.warnings)
+    assert row_of([base, {**other, what: "a"}], "mllm_vqa", "exit_half").gain is not None
+
+
+def test_where_less_is_better_the_front_is_the_other_side():
+    some = {"task": "wer", "higher_is_better": False}
+    cells = [cell("none", score=0.1, flops=100, **some), cell("bad", score=0.9, flops=100, **some)]
+    assert [row.config for row in summarize(cells).tables["wer"] if row.front] == ["none"]
+    mixed = summarize([*cells, cell("none", flops=100), cell("bad", flops=100)])
+    assert all(row.score is None for row in mixed.tables["overall"])
+    assert any("less is better in wer" in warning for warning in mixed.warnings)
