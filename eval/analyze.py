@@ -39,6 +39,7 @@ from mllm.cost import ModelSpec
 from mllm.errors import ConfigError, EvalError, InputError
 from mllm.eval import results
 from mllm.eval.attention_flow import CHUNK_BYTES, QUERIES, Flow, FlowMeter, check_plain, layout_of, without_cache
+from mllm.eval.runner import source_digest
 from mllm.eval.stats import interval
 from mllm.inputs import chat_inputs, open_image
 from mllm.layout import TokenLayout
@@ -503,7 +504,8 @@ class _Lab:
     def measure(self, samples: Sequence[Sample], batch_size: int) -> tuple[list[dict[str, Any]], list[str]]:
         """A record a sample, finished ones from their files, and why others failed."""
         records: dict[int, dict[str, Any]] = {}
-        keys = [_digest(json.dumps(self.settings, sort_keys=True), self._weights(), s.digest) for s in samples]
+        about = json.dumps([self.settings, source_digest(self.settings["model"])], sort_keys=True)
+        keys = [_digest(about, sample.digest) for sample in samples]
         for number, key in enumerate(keys):
             if (record := _read_sample(self._path(number))) is not None and record["key"] == key:
                 records[number] = record
@@ -582,14 +584,6 @@ class _Lab:
 
     def _path(self, number: int) -> Path:
         return self.out / "samples" / f"{number:05}.json"
-
-    def _weights(self) -> str:
-        """What tells one default model from the next: what was trained for it."""
-        if self.settings["model"] != "default":
-            return ""
-        from mllm.default_model import weights_digest
-
-        return weights_digest()
 
 
 def _plain(values: Tensor) -> Any:

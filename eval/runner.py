@@ -84,7 +84,7 @@ def run_grid(
     sources = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
     loaded_configs = [config if isinstance(config, Config) else load_config(config) for config in configs]
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
-    identities = {source: _model_digest(str(source)) for source in sources.values()}
+    identities = {source: source_digest(str(source)) for source in sources.values()}
     data = {task: _task_digest(task, include_path) for task in tasks}
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -141,7 +141,7 @@ def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
 
 
-def _model_digest(source: str) -> str | None:
+def source_digest(source: str) -> str | None:
     """What a model is made of: a folder that is trained again in place holds another one under the same name.
 
     Weights count by size and time, small files by content, a LoRA with what it was trained on. None of a hub name.
@@ -162,7 +162,7 @@ def _model_digest(source: str) -> str | None:
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        parts.append(str(base and _model_digest(base)).encode())
+        parts.append(str(base and source_digest(base)).encode())
     return _digest(*parts)
 
 

@@ -300,6 +300,7 @@ def train_technique(
         ConfigError: an unknown technique, argument, option or setting, or one without a recipe.
     """
     from mllm.loading import load
+    from mllm.saving import model_digest
 
     known = trainable()
     cls = known.get(name.lower())
@@ -329,6 +330,8 @@ def train_technique(
         "technique": cls.name,
         "model": str(model),
         "data": str(data),
+        "contents": {name: digest for name, digest in data_digests(str(data)).items() if digest},
+        "weights": model_digest(loaded),
         "images": images,
         "arguments": arguments,
         "options": options,
@@ -448,6 +451,15 @@ def _check(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"The model is in {dtype}, which loses small gradients. Load it in bfloat16 or float32.")
     return dtype
+
+
+def data_digests(data: str) -> dict[str, str | None]:
+    """Hash of each data file among names with commas, as ``--data`` takes them; None for data that are drawn."""
+    files = {name: Path(name.strip()) for name in data.split(",")}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+        for name, file in files.items()
+    }
 
 
 def _loss(recipe: Recipe, batch: list[Any], step: int) -> tuple[Tensor, dict[str, float]]:

@@ -114,20 +114,20 @@ def test_what_a_result_belongs_to(model, tmp_path):
 
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
-    new(runner._model_digest(str(folder)))
-    assert runner._model_digest(str(folder)) in seen
+    new(runner.source_digest(str(folder)))
+    assert runner.source_digest(str(folder)) in seen
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    new(runner._model_digest(str(folder)))
+    new(runner.source_digest(str(folder)))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "more": 1}))
-    new(runner._model_digest(str(folder)))
+    new(runner.source_digest(str(folder)))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    new(runner._model_digest(str(adapter)))
+    new(runner.source_digest(str(adapter)))
     weights = next(folder.glob("*.safetensors"))
     os.utime(weights, ns=(1, 1))  # trained again in place
-    new(runner._model_digest(str(adapter)))
+    new(runner.source_digest(str(adapter)))
 
     tasks = shutil.copytree(task_folder(), tmp_path / "tasks")
     for task in ("mllm_caption", "mllm_caption_cider", "puzzle_pages5", "puzzle_pages5_gold"):

@@ -7,7 +7,7 @@ import time
 from typing import ClassVar
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import run
 from tiny import save_tiny, tiny_image
 
@@ -85,6 +85,23 @@ def test_a_config_file_and_options_that_win(monkeypatch, capsys, model, tmp_path
     kept = json.loads((tmp_path / "run" / "training.json").read_text())
     assert (kept["steps"], kept["batch_size"], kept["options"]) == (1, 2, {"bias_rate": 0.25})
     assert kept["data"].endswith("data.jsonl")
+    (tmp_path / "data.jsonl").write_text(json.dumps({**record, "id": "2"}))
+    code, _, err = run(monkeypatch, capsys, *command)
+    assert code == 1
+    assert "holds a run with contents=" in err
+
+
+def test_another_base_model_in_the_same_place_is_refused(monkeypatch, capsys, tmp_path):
+    source = save_tiny("llava", tmp_path / "model", layers=2)
+    command = ["train", "tinyprojector", "--model", source, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "run"]
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(name for name in weights if "mlp" in name and "language_model" in name)
+    save_file({**weights, name: weights[name] + 1}, file, metadata={"format": "pt"})
+    code, _, err = run(monkeypatch, capsys, *command)
+    assert code == 1
+    assert "holds a run with weights=" in err
 
 
 def test_smoke(monkeypatch, capsys, model, tmp_path):

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -40,11 +39,11 @@ from mllm.errors import ConfigError, InputError, LoadError, UnsupportedModelErro
 from mllm.families import Parts, find_parts
 from mllm.layout import TokenLayout
 from mllm.roles import ChatFormat
-from mllm.saving import fingerprint, save_techniques
+from mllm.saving import fingerprint, model_digest, save_techniques
 from mllm.technique import Stack
 from mllm.token_pruning.dyvte import DyVTE
 from mllm.token_pruning.dyvte_gates import Gates, logit, read_prompts
-from mllm.training import Options, Recipe
+from mllm.training import Options, Recipe, data_digests
 from mllm.versions import CACHE
 
 CURVE, PICTURE = "exits.json", "exits.png"
@@ -263,7 +262,7 @@ def collect_labels(
         InputError: no chat has a picture.
     """
     state = PartialState(cpu=model.device.type == "cpu")
-    facts = json.loads(json.dumps({**(about or {}), "model": fingerprint(model), "weights": _weights(model)}))
+    facts = json.loads(json.dumps({**(about or {}), "model": fingerprint(model), "weights": model_digest(model)}))
     _check_about(folder, facts, state)
     chat_format = ChatFormat.from_processor(processor)
     spans = [(start, min(start + shard, count)) for start in range(0, count, shard)]
@@ -307,19 +306,6 @@ def _check_about(folder: Path, facts: dict[str, Any], state: PartialState) -> No
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     state.wait_for_everyone()
-
-
-def _weights(model: nn.Module) -> str:
-    """Hash of a few numbers of each of the model's parameters."""
-    digest = hashlib.sha256()
-    for name, value in find_parts(model).model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.flatten()[:4].float().tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _content(name: str) -> str | None:
-    """Hash of a data file; None for data that are drawn."""
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] if Path(name).is_file() else None
 
 
 # --- thresholds -------------------------------------------------------------------------------------------------------
@@ -519,7 +505,7 @@ class GateRecipe(Recipe):
         return ShuffledChats(tuple(range(len(self.labels))), self.options.seed)  # numbers of answers, in a new order
 
     def _collect(self, chats: Chats, side: str, count: int, folder: Path) -> ExitLabels:
-        data = {name: _content(name.strip()) for name in self.options.data.split(",")}
+        data = data_digests(self.options.data)
         about = {"data": data, "seed": self.options.seed, "images": self.options.images, "side": side}
         return collect_labels(self.model, self.processor, chats, count, folder / "labels" / side, about, self.own.shard)
 
