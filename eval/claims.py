@@ -429,13 +429,11 @@ def lorra(measured: Measured) -> list[Row]:
         ]
         for kind in manifest()[task]["kinds"] if task == "puzzle_chat" else [None]:
             parts = [[run.kind(kind) for run in runs] for runs in ([before], without, with_)]
-            levels = ", ".join(
-                f"{word} {estimate([run.score for run in runs]).level}"
-                for word, runs in zip(("before", "tuned without learners", "with"), parts, strict=True)
-            )
+            levels = [estimate([run.score for run in runs]).level for runs in parts]
             gain = difference(parts[2], parts[1])
-            what = f"{kind or 'all'}: {levels}; learners add"
-            rows.append(Row(name, what, task, str(gain), _better(gain) if task != "mllm_reading" else ""))
+            what = "with learners against without" + (f", chats {kind}" if kind else "")
+            value = f"{gain} ({levels[1]} -> {levels[2]}; before tuning {levels[0]})"
+            rows.append(Row(name, what, task, value, _better(gain) if task != "mllm_reading" else ""))
     return rows
 
 
@@ -468,9 +466,9 @@ def urag(measured: Measured, seeds: Sequence[int] = SEEDS) -> list[Row]:
             hits = estimate([{key: float(rank < top) for key, rank in found.items()} for found in ranks])
             rows.append(Row(name, f"top-{top} page", task, f"{hits.level} (chance {100 * min(1, top / pages):.0f})"))
         gain, flops = difference(kept, everything), _ratio(kept, everything[0])
-        levels = (estimate([run.score for run in runs]).level for runs in (everything, kept))
-        what = "answers with all pages {}, with kept pages {}".format(*levels)
-        rows.append(Row(name, what, task, f"{gain}, FLOPs {flops:.2f}x", _better(gain)))
+        levels = " -> ".join(estimate([run.score for run in runs]).level for runs in (everything, kept))
+        what = "answers with kept pages against all pages"
+        rows.append(Row(name, what, task, f"{gain}, FLOPs {flops:.2f}x ({levels})", _better(gain)))
         if gain.seeds:
             rows.append(Row(name, "the same, seed by seed", task, _each(gain)))
         asked, third = "page number", max(1, measured.limit // 3)  # the one kind that a single page can answer
@@ -480,10 +478,9 @@ def urag(measured: Measured, seeds: Sequence[int] = SEEDS) -> list[Row]:
             for seed in seeds
         ]
         alone = [run.only(key for key in run.score if key[1] >= before) for run in alone]
-        gold = estimate([run.score for run in alone])
-        levels = (estimate([run.kind(asked).score for run in runs]).level for runs in (everything, kept))
-        what = "{}: all pages {}, kept pages {}, gold page".format(asked, *levels)
-        rows.append(Row(name, what, task, gold.level))
+        shown = [[run.kind(asked) for run in everything], [run.kind(asked) for run in kept], alone]
+        levels = " -> ".join(estimate([run.score for run in runs]).level for runs in shown)
+        rows.append(Row(name, f"{asked}s: all pages -> kept pages -> the right page alone", task, levels))
     return rows
 
 
