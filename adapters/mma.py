@@ -79,8 +79,8 @@ class ModalityMutualAttention(Technique):
         return None
 
     @property
-    def checks_questions(self) -> bool:
-        return self.turns == "all_previous"
+    def crosses_turns(self) -> bool:
+        return self.turns != "own"
 
     def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
         if self.turns == "own" or not layout.past_length or layout.roles is None:

@@ -104,7 +104,7 @@ class Step:
         self._plain = False  # the layers need not be told anything about this call, see enter()
         # a later question can concern a technique that did its work when the picture was read
         for technique in engine.active if self.new > 1 else acts:
-            if technique in acts or technique.checks_questions:
+            if technique in acts or technique.crosses_turns:
                 technique.check_call(self.layout, lambda: self._valid_columns().sum(dim=1), cached or cache is not None)
         self.memories = {} if cache is None else branch_layers(cache, engine.spec.layers)
         if cache is not None and past_length:
@@ -1003,7 +1003,7 @@ class Engine:
         mask = given.get("attention_mask")
         own = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
         masked = own or _is_packed(given)
-        self._check_mask(own and visual, masked)
+        self._check_mask(own and visual, masked and (visual or any(self.branches)))
         mask = None if own else mask
         cached = given.get("use_cache")
         cached = bool(getattr(config, "use_cache", False) if cached is None else cached)
@@ -1022,7 +1022,7 @@ class Engine:
     def _check_mask(self, own: bool, masked: bool) -> None:
         """Refuse masks of the caller's own, and packed prompts, where a technique would look past them."""
         reading = next((branches[0] for branches in self.branches if branches), None) if masked else None
-        opening = next((technique for technique in self.active if _opens(technique)), None) if own else None
+        opening = next((t for t in self.active if _opens(t) and (own or (masked and t.crosses_turns))), None)
         if reading is not None:
             raise InputError(
                 f"{reading!r} reads all that is earlier in a row, also what a mask of your own or packed prompts hide. "
@@ -1031,7 +1031,7 @@ class Engine:
         if opening is not None:
             raise InputError(
                 f"{opening!r} opens keys that the rule of causal attention hides, and cannot tell them from those that "
-                "a mask of your own hides. Give a padding mask (batch, length)."
+                "a mask of your own or packed prompts hide. Give a padding mask (batch, length), and one prompt a row."
             )
 
     def _layout(self, given: dict[str, Any], past_length: int, visual: bool) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""Every python block of the docs runs, on a tiny model."""
+"""Every python block of the docs runs as a reader would run it, and prints what the page says."""
 
 from __future__ import annotations
 
@@ -9,30 +9,48 @@ import pytest
 import torch
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mllm.inputs import chat_inputs
+import mllm
+from mllm.token_pruning import DyVTE
 
 ROOT = Path(__file__).parent.parent
 #: pages whose blocks compose models of their own, which other tests do
 _NOT_HERE = {"default_model.md"}
 PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in _NOT_HERE)
+#: comments that say what is printed, up to a remark behind a colon
+_PRINTED = re.compile(r"^print\((?:run\.report\(|processor\.decode\().*\)  # ([^:\n]+)", re.MULTILINE)
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_run(page, tmp_path, monkeypatch):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_examples_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model, processor = tiny_model("llava", "sdpa", fresh=True), tiny_processor("llava")
-    image = tiny_image()
-    names = {
-        "model": model,
-        "processor": processor,
-        "image": image,
-        "inputs": chat_inputs(processor, ["what is it?"], [[image]]),
-        "tmp": tmp_path,
-    }
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for block in blocks:
+    names = {}
+    for block in _blocks(page):
         exec(compile(block, page.name, "exec"), names)
+        printed = capsys.readouterr().out
+        for told in _PRINTED.findall(block):
+            assert told in printed
+    if "model" in names:  # it was left as it was loaded
+        plain = mllm.load("tiny")[0].state_dict()
+        assert all(torch.equal(value, plain[name]) for name, value in names["model"].state_dict().items())
+
+
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    """With a small stand-in for the default model, a picture, and gates that were trained for it."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny_model("llava", layers=16, fresh=True), tiny_processor("llava")
+    monkeypatch.setattr(mllm, "load", lambda name: (model, processor))
+    tiny_image().save("photo.jpg")
+    handle = DyVTE(gate="light").attach(model, processor)
+    handle.save_pretrained("runs/dyvte")
+    handle.detach()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = {}
+    for block in _blocks(ROOT / "README.md"):
+        exec(compile(block, "README.md", "exec"), names)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

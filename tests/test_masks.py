@@ -104,6 +104,16 @@ def test_masks_that_would_be_looked_past_are_refused():
             model(**inputs)
 
 
+@pytest.mark.parametrize("turns", ["first", "all_previous"])
+def test_packed_prompts_have_turns_of_their_own(turns):
+    model, processor = tiny_model("llava", "sdpa"), tiny_processor("llava")
+    one = tiny_inputs(model, processor, "one")
+    packed = {"input_ids": one["input_ids"].repeat(1, 2), "pixel_values": one["pixel_values"].repeat(2, 1, 1, 1)}
+    packed["position_ids"] = torch.arange(one["input_ids"].shape[1]).repeat(2)[None]
+    with ModalityMutualAttention(turns=turns)(model, processor), pytest.raises(InputError, match="packed prompts"):
+        model(**packed)
+
+
 def test_lorra_refuses_packed_prompts():
     model, processor = tiny_model("llava", "sdpa"), tiny_processor("llava")
     inputs = tiny_inputs(model, processor, "one")
