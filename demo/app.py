@@ -61,6 +61,15 @@ def notice(text: str, bad: bool = False, progress: tuple[int, int] | None = None
     return f'<div class="mllm-notice{" bad" if bad else ""}" role="{"alert" if bad else "status"}">{body}</div>'
 
 
+def _within(value: Any, name: str, usual: int, most: int) -> int:
+    """A whole number that a client gave, between 1 and what the server allows; the usual one where none was given."""
+    if value is None:
+        return min(usual, most)
+    if not isinstance(value, int | float) or value != value // 1 or not 1 <= value <= most:
+        raise InputError(f"{name}={value!r}: give a whole number from 1 to {most}.")
+    return int(value)
+
+
 def _thumbnails(pictures: Sequence[Picture]) -> str:
     """Small pictures for the message."""
     parts = []
@@ -437,17 +446,19 @@ class Demo:
         question: str,
         files: list[dict] | None = None,
         techniques: str = "techniques: []",
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         new_chat: bool = True,
         request: gr.Request = None,
     ) -> Iterator[dict]:
         """Ask the full model and the model with techniques; yields both answers as they grow, the last one complete.
 
         files: pictures and PDFs, each from gradio_client.handle_file. techniques: YAML, as for `mllm eval`.
+        max_new_tokens: at most what the server allows, which refuses more; 64 or as many as that without.
         new_chat: forget what this client asked before; False asks the next question about the same pictures.
         """
         session = self.sessions.get(request.session_hash)
         try:
+            most = _within(max_new_tokens, "max_new_tokens", 64, self.limits.new_tokens)
             entries = self._api_entries(techniques)
             if new_chat:
                 session.chat.stop()
@@ -459,7 +470,7 @@ class Demo:
             chat.add(text, self._read_files([self._uploaded(file) for file in files or []]), self.limits)
             self.sessions.tidy(request.session_hash)
             turn = chat.turns[-1]
-            for _ in self.converse(chat, turn, entries, int(max_new_tokens)):
+            for _ in self.converse(chat, turn, entries, most):
                 yield self._api_turn(turn)
         except MllmError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -480,13 +491,14 @@ class Demo:
         ]
 
     def api_evaluate(
-        self, task: str, limit: int = 10, techniques: str = "techniques: []", request: gr.Request = None
+        self, task: str, limit: int | None = None, techniques: str = "techniques: []", request: gr.Request = None
     ) -> dict:
-        """Score a config on the first samples of an offline task, beside the full model."""
+        """Score a config on the first samples of an offline task, 10 without a limit, beside the full model."""
         session = self.sessions.get(request.session_hash)
         session.stop_evaluation.clear()
         try:
-            *_, (_, _, points) = self.score(session, task, int(limit), self._api_entries(techniques))
+            samples = _within(limit, "limit", 10, self.limits.evaluation)
+            *_, (_, _, points) = self.score(session, task, samples, self._api_entries(techniques))
         except MllmError as error:
             raise gr.Error(str(error), print_exception=False) from None
         names = ("label", "task", "score", "interval", "flops_ratio", "samples")

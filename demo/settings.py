@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import textwrap
@@ -238,6 +239,8 @@ class Panel:
         listed = data.get("techniques") if isinstance(data, dict) else None
         for entry in listed if isinstance(listed, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("technique"), str):
+                with contextlib.suppress(ConfigError):  # told below, with its place
+                    entry["technique"] = get_technique(entry["technique"]).name  # controls go by it
                 self._check_entry(entry)
         config = parse_config(data, where)
         entries = data["techniques"]

@@ -48,7 +48,7 @@ def saving(full: Answer, other: Answer) -> str:
         if ratio >= 1.05:
             text += f"; the first token came {ratio:.1f} times sooner"
         elif ratio <= 1 / 1.05:
-            text += f"; the first token came {1 / ratio:.1f} times later"
+            text += f"; the first token took {1 / ratio:.1f} times as long"
         else:
             text += "; the first token took as long"
     same = full.text == other.text

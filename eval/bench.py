@@ -33,8 +33,8 @@ from mllm.cost import ARCHITECTURES, LayerWork, ModelSpec
 from mllm.errors import ConfigError
 from mllm.eval.bench_model import CHAT, MIN_TEXT, PAGES, SETTINGS, build_model, make_prompt, prepare, twin
 from mllm.eval.bench_oracle import Bare
-from mllm.eval.results import environment, write_json
-from mllm.loading import pick_device, pick_dtype
+from mllm.eval.results import check_writable, environment, write_json
+from mllm.loading import ATTENTION_BACKENDS, pick_device, pick_dtype
 from mllm.timing import PeakMemory, synchronize
 from mllm.versions import CACHE
 
@@ -274,7 +274,8 @@ def run_bench(
         within: seconds for the whole run; what is not expected to fit into them is left out.
 
     Raises:
-        ConfigError: an unknown architecture or setting, a size below 1, or rows of another machine in ``out``.
+        ConfigError: an unknown architecture, setting or backend, a size below 1, or rows of another machine in ``out``.
+        EvalError: ``out`` cannot be written.
     """
     for name, known in (*((a, ARCHITECTURES) for a in architectures), *((s, SETTINGS) for s in settings)):
         if name not in known:
@@ -289,9 +290,12 @@ def run_bench(
         raise ConfigError(
             f"visual_tokens={list(visual_tokens)} do not fill the {PAGES} pages of URaG. Give more, or other settings."
         )
+    if attn not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attn={attn!r} is not one of: {', '.join(ATTENTION_BACKENDS)}.")
     out = Path(out)
     target = pick_device(device)
     number = pick_dtype(dtype, target)
+    check_writable(out)
     before = _earlier(out / "bench.json")
     speed = _speed(target, number)
     rows: list[Row] = []

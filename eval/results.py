@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -35,16 +36,22 @@ def write_json(path: Path, data: Any) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True) if scratch.parent.is_dir() else None
-        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise EvalError(
-            f"{path} cannot be written: {what}. Finished cells are kept; free some space or give another --out."
-        ) from error
+        with contextlib.suppress(OSError):  # no such folder, or one that lets nothing be changed
+            scratch.unlink(missing_ok=True)
+        raise EvalError(f"{path.parent} cannot be written: {_reason(error, path.parent)}") from error
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    """Why nothing can be written into a folder, and what to do."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full. Finished results are kept; free some space or give another --out."
+    files = [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]
+    return f"{f'{files[0]} is a file' if files else error.strerror or error}. Give another --out, a folder."
 
 
 def check_writable(folder: Path) -> None:
     """Find out before the work, not after it, that results could not be stored."""
-    probe = folder / "cells" / f".probe-{os.getpid()}"
+    probe = folder / f".probe-{os.getpid()}"
     write_json(probe, {})
     probe.unlink()
 

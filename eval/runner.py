@@ -23,12 +23,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from mllm.config import Config, load_config
-from mllm.errors import EvalError
+from mllm.cost import ModelSpec
+from mllm.errors import EvalError, MllmError, UnsupportedModelError
 from mllm.eval import results
 from mllm.eval.stats import interval
 from mllm.eval.tasks import manifest, task_folder
 from mllm.inputs import chat_inputs
-from mllm.loading import TINY, load, pick_device, pick_dtype
+from mllm.loading import TINY, check_attention, load, model_config, pick_device, pick_dtype
+from mllm.saving import check_base, config_fingerprint
 from mllm.timing import PeakMemory, percentile
 
 
@@ -67,8 +69,9 @@ def run_grid(
         The cells, as in ``results.json``; an empty list in processes other than the first.
 
     Raises:
-        EvalError: an unknown task, a folder that cannot be written or holds results of another backend, a task whose
-            samples all failed.
+        EvalError: an unknown task, a folder that cannot be written or holds results of another backend.
+        ConfigError, ConflictError, LoadError, UnsupportedModelError: a config, or a technique's weights, that do not
+            fit one of the models: told before the first cell, as far as the models' configs show it.
     """
     if not models or not configs or not tasks:
         raise EvalError(
@@ -83,21 +86,28 @@ def run_grid(
     out = Path(out_dir)
     sources = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
     loaded_configs = [config if isinstance(config, Config) else load_config(config) for config in configs]
+    origins = {
+        loaded.name: f"The config {loaded.name}" if isinstance(config, Config) else str(config)
+        for loaded, config in zip(loaded_configs, configs, strict=True)
+    }
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
     identities = {source: source_digest(str(source)) for source in sources.values()}
     data = {task: _task_digest(task, include_path) for task in tasks}
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvalError(f"Several configs are named {', '.join(sorted(twice))}. Give each its own name.")
-    first = int(os.environ.get("RANK", 0)) == 0
+    check_attention(attn)
     target = pick_device(device)
+    for name, source in sources.items():
+        _check_fit(name, source, loaded_configs, origins, attn or "sdpa")
+    first = int(os.environ.get("RANK", 0)) == 0
     shared = {
         "backend": attn or "sdpa",
         "dtype": str(pick_dtype(dtype, target)).removeprefix("torch."),
         "device": target.type,
     }
     if first:
-        results.check_writable(out)
+        results.check_writable(out / "cells")
         if fresh:
             shutil.rmtree(out / "cells")
         found = [results.read_cell(path) for path in sorted((out / "cells").glob("*.json"))]
@@ -135,6 +145,32 @@ def run_grid(
     summary = [{name: value for name, value in cell.items() if name not in ("samples", "key")} for cell in cells]
     results.write_json(out / "results.json", summary)
     return summary
+
+
+def _check_fit(
+    name: str, source: str | Path, configs: Sequence[Config], origins: Mapping[str, str], attention: str
+) -> None:
+    """Refuse a config that cannot be attached to a model, as far as the model's own config tells, by where it is from.
+
+    The weights are not needed: one misfit would end a long run in the middle otherwise.
+    """
+    found = model_config(source)
+    if found is None:
+        return
+    spec, base = ModelSpec.from_config(found.get_text_config(decoder=True)), config_fingerprint(found)
+    for config in configs:
+        try:
+            for technique in config.stack.techniques:
+                if (learned := getattr(technique, "learned", None)) is not None:
+                    check_base(learned.base_model, base, learned.source)
+            config.stack.check(spec)
+            for technique in config.stack.active(spec):
+                if attention not in technique.backends:
+                    raise UnsupportedModelError(
+                        f"{technique!r} is not exact with attn={attention!r}. Use {' or '.join(technique.backends)}."
+                    )
+        except MllmError as error:
+            raise type(error)(f"{origins[config.name]} does not fit the model {name}: {error}") from error
 
 
 def _digest(*contents: bytes) -> str:

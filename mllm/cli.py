@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Attention backend: sdpa or eager; flash_attention_2 or flex_attention without techniques."),
+]
 
 
 @app.command("list")
@@ -108,20 +112,41 @@ def fetch_default_model(
     typer.echo(fetch_default(force=force))
 
 
+def _list_tasks(tasks: str) -> str:
+    if tasks == "list":
+        from mllm.eval.tasks import manifest
+
+        for name, facts in manifest().items():
+            typer.echo(f"{name:24} {facts['n']} samples")
+        typer.echo("Besides these, those of lmms-eval, which need their data: lmms-eval --tasks list", err=True)
+        raise typer.Exit
+    return tasks
+
+
 @app.command("eval")
 def evaluate(
-    tasks: Annotated[str, typer.Option(help="Task names, separated by commas.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Task names with commas, such as mllm_vqa,mllm_reading,puzzle_scenes; `--tasks list` shows all.",
+            callback=_list_tasks,
+            is_eager=True,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Result folder; finished cells in it are reused.")],
     model: Annotated[
-        list[str] | None, typer.Option(help="'default', 'tiny', a folder or a hub name; repeatable.")
+        list[str] | None,
+        typer.Option(help="'default' (also without), 'tiny', a folder or a hub name; repeatable."),
     ] = None,
-    configs: Annotated[list[Path] | None, typer.Option(help="Config files; repeatable, or list them.")] = None,
+    configs: Annotated[
+        list[Path] | None, typer.Option(help="Config files, required: configs/*.yaml; repeatable.")
+    ] = None,
     more_configs: Annotated[list[Path] | None, typer.Argument(help="More config files.", show_default=False)] = None,
     limit: Annotated[
         str | None, typer.Option(help="Samples per task, or TASK=SAMPLES,TASK=SAMPLES...; all without.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 1,
-    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    attn: Attention = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="Folder with further lmms-eval tasks.")] = None,
@@ -132,11 +157,14 @@ def evaluate(
 
     Example: mllm eval --model default --configs configs/*.yaml --tasks mllm_vqa,mllm_text --limit 20 --out runs/first
     """
+    chosen = [*(configs or []), *(more_configs or [])]
+    if not chosen:
+        raise ConfigError("Give --configs, such as configs/*.yaml.")
     from mllm.eval.runner import run_grid
 
     cells = run_grid(
         models=model or ["default"],
-        configs=[*(configs or []), *(more_configs or [])],
+        configs=chosen,
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
         limit=_limit(limit),
         batch_size=batch_size,
@@ -194,7 +222,7 @@ def measure_command(
     batch_size: Annotated[int, typer.Option(help="Copies of the prompt in the batch.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
-    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    attn: Attention = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
     as_json: Json = False,
@@ -219,13 +247,24 @@ def measure_command(
 @app.command("train")
 def train_command(
     name: Annotated[str, typer.Argument(help="A trainable technique, such as dyvte; `mllm list` shows them.")],
-    model: Annotated[str | None, typer.Option(help="'default', 'tiny', a folder or a hub name.")] = None,
+    model: Annotated[str | None, typer.Option(help="'default' (also without), 'tiny', a folder or a hub name.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="LLaVA-style .json or .jsonl file, or scenes, reading, grids, ...; several with commas."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; one that was stopped goes on.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the same settings; these options win.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run; one that was stopped goes on. Without: runs/train-NAME (--smoke: runs/smoke-NAME)."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file; these options win. model: .., data: .., images: .., arguments: {layers: ..}, "
+            "options: {stage: ..}, training: {steps: .., lr: ..}"
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Chats in a micro-batch of one process.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
@@ -236,7 +275,7 @@ def train_command(
     argument: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the technique; repeatable.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of its recipe; repeatable.")] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps only, to see that everything runs.")] = False,
-    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    attn: Attention = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
 ) -> None:
@@ -278,7 +317,7 @@ def demo_command(
     weights: Annotated[
         list[Path] | None, typer.Option(help="Folder with a trained technique to offer; repeatable.")
     ] = None,
-    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    attn: Attention = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
 ) -> None:
@@ -333,7 +372,7 @@ def analyze(
     technique: Annotated[str, typer.Option(help="Technique to put on them: one that takes layers.")] = "NAAViT",
     write: Annotated[Path | None, typer.Option(help="Config file to write the choice to.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 1,
-    attn: Annotated[str | None, typer.Option(help="Attention backend: sdpa or eager.")] = None,
+    attn: Attention = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
     fresh: Annotated[bool, typer.Option(help="Measure finished samples again.")] = False,

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from mllm.errors import ConfigError
+from mllm.saving import CONFIG_NAME
 from mllm.technique import Stack, get_technique
 
 _KEYS = ("name", "techniques")
@@ -55,6 +56,13 @@ def load_config(path: str | Path) -> Config:
             and what is allowed.
     """
     path = Path(path)
+    if path.is_dir():
+        if (path / CONFIG_NAME).exists():
+            raise ConfigError(
+                f"{path} is a technique folder, not a config file. Write `weights: {path}` under its technique in a "
+                "config file."
+            )
+        raise ConfigError(f"{path} is a folder. Give its config files, such as {path}/*.yaml.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ is a folder that :func:`mllm.load` opens as a plain model, with the technique's 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -70,7 +71,9 @@ class Finetuning(Recipe):
                 lora_dropout=self.own.dropout,
                 target_modules=rf".*language_model\.layers\.\d+\.{inner}",
             )
-            self.model = get_peft_model(model, config)
+            with warnings.catch_warnings():  # peft reads a name that transformers gave up; nothing follows from it here
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                self.model = get_peft_model(model, config)
         if self.own.gradient_checkpointing:
             parts.text.gradient_checkpointing_enable({"use_reentrant": False})
         parts.text.train()  # dropout of LoRA, and checkpointing
@@ -94,7 +97,8 @@ class Finetuning(Recipe):
             if self.own.method == "full":
                 model.save_pretrained(folder)
             else:
-                self.model.save_pretrained(folder)
+                # nothing was added to the vocabulary: peft need not look for the base model's config to find that out
+                self.model.save_pretrained(folder, save_embedding_layers=False)
         self.processor.save_pretrained(folder)
 
 

@@ -90,8 +90,12 @@ def chat_inputs(
         BatchFeature with ``input_ids`` and ``attention_mask`` (B, S), and pixel values where there are pictures.
 
     Raises:
-        InputError: an empty prompt, an unreadable picture, or as many lists of pictures as there are no prompts.
+        InputError: an empty prompt, an unreadable picture, or not one list of pictures for each prompt.
     """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f'prompts={prompts!r}: a list of texts is needed, e.g. ["What is in the picture?"].')
+    if images is not None and not (_is_list(images) and all(map(_is_list, images))):
+        raise InputError('pictures: one list per prompt, e.g. [["photo.jpg"]]; [] for a prompt without any.')
     images = [[] for _ in prompts] if images is None else images
     if not prompts or len(images) != len(prompts):
         raise InputError(f"{len(prompts)} prompts and {len(images)} lists of pictures: give one list per prompt.")
@@ -105,6 +109,10 @@ def chat_inputs(
     ]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in conversations]
     return encode(processor, texts, pictures)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def encode(

@@ -76,15 +76,19 @@ class LearnedWeights:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What a technique's base model is told by: its family and the shape of its decoder."""
-    parts = find_parts(model)
-    config = parts.text_config
+    return config_fingerprint(find_parts(model).model.config)
+
+
+def config_fingerprint(config: Any) -> dict[str, Any]:
+    """:func:`fingerprint` of the model that a transformers config describes."""
+    text = config.get_text_config(decoder=True)
     return {
-        "model_type": parts.family.model_type,
-        "text_model_type": config.model_type,
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "vocabulary": config.vocab_size,
+        "model_type": config.model_type,
+        "text_model_type": text.model_type,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "vocabulary": text.vocab_size,
     }
 
 
@@ -96,9 +100,9 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_base(saved: Mapping[str, Any], model: nn.Module, source: str) -> None:
-    """Raise LoadError where ``model`` is not like the one that ``saved`` was taken from."""
-    found = fingerprint(model)
+def check_base(saved: Mapping[str, Any], model: nn.Module | Mapping[str, Any], source: str) -> None:
+    """Raise LoadError where ``model``, or what has this fingerprint, is not like the one ``saved`` was taken from."""
+    found = model if isinstance(model, Mapping) else fingerprint(model)
     if different := {key: value for key, value in saved.items() if found.get(key) != value}:
         asked = ", ".join(f"{key} {value}" for key, value in different.items())
         here = ", ".join(f"{key} {found.get(key)}" for key in different)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError, ValidationInfo
 from torch import Tensor, nn
 
 from mllm.cost import ModelSpec
@@ -179,7 +179,16 @@ class BranchView:
     report: Callable[[str, int, Tensor], None]
 
 
-def _parse_layers(value: Any) -> Any:
+def _unquoted(number: int, name: str) -> str:
+    """What to do where YAML, which takes ``4:12`` for minutes and seconds, made a number of a range."""
+    text = f"{number // 60}:{number % 60}" if number >= 60 else "4:12"
+    return f'Quote ranges: {name}: "{text}" (YAML reads {text} as a number)'
+
+
+def _parse_layers(value: Any, info: ValidationInfo) -> Any:
+    name = info.field_name or "layers"
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f"layers are 'all', a list such as [{value}], or 'start:stop'. {_unquoted(value, name)}")
     if isinstance(value, range):
         return tuple(value)
     if isinstance(value, str) and value != "all":
@@ -201,9 +210,10 @@ Layers = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_parse_laye
 def check_layers(layers: Layers, spec: ModelSpec, who: str) -> None:
     """Raise ConfigError where a chosen layer is not one of the model's."""
     if layers != "all" and layers and layers[-1] >= spec.layers:
+        hint = f" {_unquoted(layers[-1], 'layers')}." if layers[-1] >= 60 and len(layers) == 1 else ""
         raise ConfigError(
             f"{who}: layers={list(layers)} names layer {layers[-1]}, but this model has {spec.layers} layers "
-            f"(0 to {spec.layers - 1})."
+            f"(0 to {spec.layers - 1}).{hint}"
         )
 
 
@@ -281,9 +291,9 @@ class Technique(BaseModel):
         return ()
 
     @property
-    def checks_questions(self) -> bool:
-        """Whether :meth:`check_call` wants to see calls of several tokens without a picture too."""
-        return self.acts_on_text
+    def crosses_turns(self) -> bool:
+        """Whether what a turn does depends on other turns: it then needs all of them in one call, of one prompt."""
+        return False
 
     def check_call(self, layout: TokenLayout, lengths: Callable[[], Tensor], cached: bool) -> None:
         """Raise InputError or CacheError where a call cannot be served, before anything of it is computed.
@@ -441,11 +451,14 @@ def register(cls: type[Technique]) -> type[Technique]:
 
 
 def get_technique(name: str) -> type[Technique]:
-    """Class of a registered technique; ConfigError names the known ones otherwise."""
+    """The technique with this name, or whose class has it, in any case; ConfigError lists the names otherwise."""
     load_all()
-    if name not in REGISTRY:
+    asked = name.lower()
+    by_class = {cls.__name__.lower(): cls for cls in REGISTRY.values()}
+    found = by_class | {known.lower(): cls for known, cls in REGISTRY.items()}
+    if asked not in found:
         raise ConfigError(f"Unknown technique {name!r}. Known: {', '.join(sorted(REGISTRY))}.")
-    return REGISTRY[name]
+    return found[asked]
 
 
 def load_all() -> dict[str, type[Technique]]:

@@ -258,7 +258,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         )
     for key, value in given.items():
         if key not in _SECTIONS:
-            raise ConfigError(f"{path}: unknown key {key!r} = {value!r}. Allowed keys: {', '.join(_SECTIONS)}.")
+            hint = f" Did you mean training: {{{key}: {value}}}?" if key in TrainingConfig.model_fields else ""
+            raise ConfigError(f"{path}: unknown key {key!r} = {value!r}. Allowed keys: {', '.join(_SECTIONS)}.{hint}")
         if not isinstance(value, _SECTIONS[key]):
             kind = "a mapping" if _SECTIONS[key] is dict else "a text"
             raise ConfigError(f"{path}: {key} = {value!r} must be {kind}.")
@@ -282,10 +283,11 @@ def train_technique(
     """Train a technique by its name, as ``mllm train`` does.
 
     Args:
-        name: of the technique, in any case.
+        name: of the technique or of its class, in any case.
         model: a model folder, a hub name, or ``"default"``.
         data: see :func:`mllm.chats.open_chats`; without, what the technique names.
-        out: folder of the run; ``runs/train-NAME`` without. A run that is in it goes on.
+        out: folder of the run; ``runs/train-NAME`` without, ``runs/smoke-NAME`` where ``smoke`` is set. A run that is
+            in it goes on.
         training: settings of :class:`TrainingConfig`, in place of the recipe's own defaults.
         arguments: of the technique.
         options: of its recipe.
@@ -297,13 +299,13 @@ def train_technique(
         The folder, with the trained technique in it.
 
     Raises:
-        ConfigError: an unknown technique, argument, option or setting, or one without a recipe.
+        ConfigError: an unknown technique, argument, option, setting or device, or a technique without a recipe.
     """
-    from mllm.loading import load
+    from mllm.loading import load, pick_device
     from mllm.saving import model_digest
 
     known = trainable()
-    cls = known.get(name.lower())
+    cls = ({cls.__name__.lower(): cls for cls in known.values()} | known).get(name.lower())
     if cls is None:
         raise ConfigError(
             f"There is nothing to train under the name {name!r}. Trainable: {', '.join(sorted(known)) or 'none'}."
@@ -314,6 +316,10 @@ def train_technique(
             f"Unknown argument {unknown[0]}={arguments[unknown[0]]!r} of {cls.name}. Its arguments: "
             f"{', '.join(cls.model_fields) or 'none'}."
         )
+    folder = Path(out or Path("runs") / f"{'smoke' if smoke else 'train'}-{cls.name.lower()}")
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file. Give a folder for the run.")
+    pick_device(device)
     given = dict(training or {})
     data = data or cls.training_data
     seed = TrainingConfig(**given).seed  # all are checked before the model is loaded
@@ -340,7 +346,7 @@ def train_technique(
         "dtype": dtype,
     }
     chats = chats if recipe.split is None else told.chats(recipe.split)
-    return train(recipe, chats, out or Path("runs") / f"train-{name.lower()}", config, settings)
+    return train(recipe, chats, folder, config, settings)
 
 
 def _recipe_function(cls: type[Technique]) -> Callable[[nn.Module, Any, Options], Recipe]:

@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 #: benchmark -> task of lmms-eval
 TASKS = {
     "mme": "mme",
@@ -71,15 +71,24 @@ def command(name: str, tasks: list[str], configs: list[str], limit: int | None, 
     return shlex.join([*words, "--out", f"runs/benchmarks/{name}"])
 
 
+def default_configs() -> list[str]:
+    """The configs beside this script, wherever it is started from; relative where they lie below."""
+    here = Path.cwd()
+    found = sorted((ROOT / "configs").glob("*.yaml"))
+    return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found]
+
+
 def check(configs: list[str]) -> None:
     """Everything that needs neither a hub nor a GPU; stops at the first thing that is wrong."""
-    from lmms_eval.tasks import TaskManager
-
-    from mllm.eval.runner import run_grid
-
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny import save_tiny
+    try:
+        from lmms_eval.tasks import TaskManager
+        from tiny import save_tiny
 
+        from mllm.errors import MllmError
+        from mllm.eval.runner import run_grid
+    except ImportError as error:
+        raise SystemExit(f"--check needs {error.name}: pip install -e '.[all,dev]' in a checkout, {ROOT}.") from error
     known = set(TaskManager(include_defaults=True).all_tasks)
     if missing := [task for task in TASKS.values() if task not in known]:
         raise SystemExit(f"lmms-eval does not know: {', '.join(missing)}")
@@ -87,7 +96,10 @@ def check(configs: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family in sorted({model.family for model in MODELS.values()}):
             model = str(save_tiny(family, Path(folder) / family))
-            cells = run_grid({family: model}, configs, ["mllm_vqa"], Path(folder) / "out", limit=1, dtype="float32")
+            try:
+                cells = run_grid({family: model}, configs, ["mllm_vqa"], Path(folder) / "out", limit=1, dtype="float32")
+            except MllmError as error:
+                raise SystemExit(f"{family}: {error}") from error
             if errors := [reason for cell in cells for reason in cell["error_reasons"]]:
                 raise SystemExit(f"{family}: {errors[0]}")
             print(f"{family}: {len(cells)} configs answered a question on random weights")
@@ -97,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="", help=f"with commas, of {', '.join(MODELS)}; all without")
     parser.add_argument("--tasks", default="", help=f"with commas, of {', '.join(TASKS)}; each model's own without")
-    parser.add_argument("--configs", nargs="+", default=sorted(map(str, Path("configs").glob("*.yaml"))))
+    parser.add_argument(
+        "--configs", nargs="+", default=default_configs(), help="config files; those of configs/ without"
+    )
     parser.add_argument("--limit", type=int, help="samples a task; all without")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts in a batch")
     parser.add_argument("--check", action="store_true", help="check what can be checked offline instead")

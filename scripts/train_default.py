@@ -539,15 +539,17 @@ were turns of one chat)"""
 
 #: what the scores above let one say; rewrite it with them
 VERDICT = """\
-**What it can do**: on drawn scenes of a few plain shapes, name a shape, its colour and its side, and count; with a
-clip-art thing on a plain background, tell the broad kind (animal, food, ...) two times in three, and describe it; read
-a large digit every second time, a letter every fourth; chat as its language model did. **What it cannot do**: say
-whether something is there; name things (the test concepts were never seen in training); read words or numbers; find
-or read a page among several (not above the best constant reply); understand photographs; follow long instructions.
-What the LoRA did to text: sums are learned, and some facts are lost (capitals). A second stage with more documents and
-reading (160 steps) was tried and left: it cost pictures and text more than it brought. The model is small on purpose:
-it shows offline, on a CPU, what a technique keeps of an ability that is there. Judge techniques by `mllm_vqa` and
-`mllm_caption`, and by nothing this model cannot do without them."""
+**What it can do**: on drawn scenes of a few plain shapes, name a shape, count, and three times in four say its colour,
+and describe them; with a clip-art thing on a plain background, tell which of two kinds it is, and two times in three
+its kind among thirteen, and describe it so; read a large digit better than chance; say the colour of a shape on a page
+twice as often as without the page; chat as its language model did, and go on in running text as well as that.
+**What it cannot do**: say whether something is there, or, more than half the time, what is on which side; name things
+(the test concepts were never seen in training); read words or numbers; find a page among several (not above the best
+constant reply); understand photographs; follow long instructions. A page has 196 visual tokens like any picture.
+What the LoRA did to text: sums and comparing numbers are learned, some facts (capitals) and the first word of a list
+are lost. A second stage with more documents and reading (160 steps) was tried and left: it cost pictures and text more
+than it brought. The model is small on purpose: it shows offline, on a CPU, what a technique keeps of an ability that is
+there. Judge techniques by `mllm_vqa` and `mllm_caption`, and by nothing this model cannot do without them."""
 
 
 def write_card(rows: list[dict[str, Any]], recipe: dict[str, str], folder: Path = WEIGHTS) -> None:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from mllm.cli import app
 from mllm.cost import ARCHITECTURES, ModelSpec
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, EvalError
+from mllm.eval import bench
 from mllm.eval.bench import Row, read_rows, run_bench
 from mllm.eval.bench_model import CHAT, SETTINGS, build_model, make_prompt, prepare, twin
 from mllm.eval.bench_oracle import Bare
@@ -140,12 +141,20 @@ def test_targets_name_the_rows_that_miss_them():
         ({"visual_tokens": [7]}, "do not fill the 20 pages"),
         ({"rounds": 0}, "at least one of each"),
         ({"text_tokens": 4}, "text tokens are needed"),
+        ({"attn": "flex_attention"}, "attn='flex_attention' is not one of: sdpa, eager"),
     ],
 )
 def test_mistakes(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run_bench(tmp_path / "out", **({"architectures": ["llava-onevision-0.5b"]} | changes))
     assert not (tmp_path / "out" / "bench.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_speed", lambda *_: pytest.fail("something was timed"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvalError, match=r"file is a file\. Give another --out"):
+        run_bench(tmp_path / "file", ["llava-onevision-0.5b"])
 
 
 def test_sizes_that_take_too_long_are_left_out_and_say_so(tmp_path):

@@ -90,6 +90,7 @@ def test_measure(monkeypatch, capsys, tmp_path):
         (["train", "dyvte", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["measure", "nowhere.yaml", "--image", "x.png"], "nowhere.yaml cannot be read"),
         (["eval", "--tasks", "mllm_vqa", "--out", "runs/x", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["eval", "--tasks", "mllm_vqa", "--out", "runs/x"], "Give --configs, such as configs/*.yaml."),
     ],
 )
 def test_mistakes_end_with_their_reason(monkeypatch, capsys, arguments, message):
@@ -119,6 +120,24 @@ def test_help_has_an_example(monkeypatch, capsys, command):
     code, out, _ = run(monkeypatch, capsys, command, "--help")
     assert code == 0
     assert f"Example: mllm {command}" in out
+
+
+def test_help_names_tasks_configs_and_folders(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "eval", "--help")
+    told = " ".join(out.split())
+    for part in ("mllm_vqa", "--tasks list", "Config files, required", "'default' (also without)"):
+        assert part in told
+    _, out, _ = run(monkeypatch, capsys, "train", "--help")
+    told = " ".join(out.split())
+    for part in ("runs/train-NAME", "runs/smoke-NAME", "training: {steps: .., lr: ..}"):
+        assert part in told
+
+
+def test_tasks_are_listed(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "eval", "--tasks", "list")
+    assert code == 0
+    assert {"mllm_vqa", "puzzle_scenes"} <= {line.split()[0] for line in out.splitlines()}
+    assert "lmms-eval --tasks list" in err
 
 
 def test_wrong_usage_has_another_exit_code(monkeypatch, capsys):

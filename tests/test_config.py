@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mllm import Stack, load_config
+from mllm.adapters import ModalityMutualAttention
 from mllm.config import Config, save_config
 from mllm.cost import ARCHITECTURES
 from mllm.errors import ConfigError, ConflictError, LoadError
@@ -73,12 +74,18 @@ def test_round_trip_order_and_switched_off_techniques(tmp_path):
         ("name: a/b\ntechniques: []", r"name = 'a/b'"),
         ("name: only", r"'techniques' is missing"),
         ("- 1", r"a config is a mapping"),
-        ("techniques: [{technique: NAAVit}]", r"techniques\[0\]: Unknown technique 'NAAVit'\. Known: .*NAAViT"),
+        ("techniques: [{technique: NAVit}]", r"techniques\[0\]: Unknown technique 'NAVit'\. Known: .*NAAViT"),
         ("techniques: [{layers: all}]", r"techniques\[0\]: .*key 'technique'"),
         ("techniques: [{technique: NAAViT, layer: all}]", r"NAAViT: layer='all': .*Arguments of NAAViT: layers"),
         ("techniques: [{technique: NAAViT, layers: every}]", r"layers='every': layers are 'all', a list"),
         ("techniques: [{technique: NAAViT, layers: [1, x]}]", r"whole numbers of at least 0"),
-        ("techniques: [{technique: DyVTE}]", r"DyVTE: .*give one of exit_layer, histogram, gate"),
+        ("techniques: [{technique: NAAViT, layers: 4:12}]", r'layers=252: .*Quote ranges: layers: "4:12" \(YAML reads'),
+        ("techniques: [{technique: NAAViT, layers: 3}]", r'layers=3: .*such as \[3\].*Quote ranges: layers: "4:12"'),
+        (
+            "techniques: [{technique: DyVTE, gate: light, candidate_layers: 4:12}]",
+            r'candidate_layers=252: .*Quote ranges: candidate_layers: "4:12"',
+        ),
+        ("techniques: [{technique: DyVTE}]", r"DyVTE: .*give one of exit_layer, histogram, gate.*or weights, a folder"),
         ("techniques: [{technique: DyVTE, exit_layer: -1}]", r"exit_layer=-1: .*greater than or equal to 0"),
         ("techniques: [{technique: DyVTE, exit_layer: half}]", r"exit_layer='half'"),
         ("techniques: [{technique: DyVTE, exit_layer: 1.5}]", r"exit_layer=1\.5"),
@@ -89,6 +96,27 @@ def test_round_trip_order_and_switched_off_techniques(tmp_path):
 def test_wrong_configs_say_what_is_wrong(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["MMA", "mma", "ModalityMutualAttention", "modalitymutualattention"])
+def test_techniques_go_by_name_or_class_in_any_case(tmp_path, name):
+    (technique,) = load_config(write(tmp_path, f"techniques: [{{technique: {name}}}]")).stack.techniques
+    assert technique == ModalityMutualAttention()
+    assert technique.describe()["technique"] == "MMA"
+
+
+def test_a_range_in_a_list_that_yaml_read_as_a_number(tmp_path):
+    stack = load_config(write(tmp_path, "techniques: [{technique: NAAViT, layers: [4:12]}]")).stack
+    with pytest.raises(ConfigError, match=r'names layer 252, but .*Quote ranges: layers: "4:12"'):
+        stack.check(SPEC)
+
+
+def test_a_folder_instead_of_a_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder\. Give its config files, such as .*/\*\.yaml"):
+        load_config(tmp_path)
+    (tmp_path / "technique_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is a technique folder, not a config file\. Write `weights: .*` under"):
+        load_config(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -676,6 +676,9 @@ def test_configs_are_loaded_into_the_controls(demo, tmp_path):
     assert "name: mine" in text
     values = rest[len(demo.argument_boxes) :]
     assert demo.panel.entries(values) == [{"technique": "NAAViT", "layers": "0:2"}]
+    (tmp_path / "mine.yaml").write_text("techniques: [{technique: mma}]")  # names are read in any case
+    _, _, _, *rest = demo.load_config(str(tmp_path / "mine.yaml"))
+    assert demo.panel.entries(rest[len(demo.argument_boxes) :]) == [{"technique": "MMA"}]
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     message, *_ = demo.load_config(str(tmp_path / "bad.yaml"))
     assert "not a text file" in message
@@ -734,6 +737,6 @@ def test_words_of_a_saving():
     told = words.saving(full, other)
     assert "50 % more arithmetic" in told
     assert "the same memory" in told
-    assert "2.0 times later" in told
+    assert "the first token took 2.0 times as long" in told
     assert told.endswith("The answers differ.")
     assert label([]) == "full model"

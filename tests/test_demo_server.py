@@ -83,9 +83,14 @@ def test_mistakes_come_back_as_messages_and_the_server_goes_on(connect, picture,
         (("what?", [{"path": str(tmp_path / "secret.png")}]), "Files must be uploaded|not in the cache"),
         (("what?", None, "techniques: [{technique: Magic}]"), "Unknown technique 'Magic'"),
     ]
+    for most in (0, 17, 1.5):
+        calls.append((("what?", None, EXIT, most), f"max_new_tokens={most}: give a whole number from 1 to 16"))
     for arguments, message in calls:
         with pytest.raises(AppError, match=message):
             client.predict(*arguments, api_name="/ask")
+    for limit in (0, LIMITS.evaluation + 1):
+        with pytest.raises(AppError, match=rf"limit={limit}: give a whole number from 1 to {LIMITS.evaluation}"):
+            client.predict("mllm_vqa", limit, EXIT, api_name="/evaluate")
     (tmp_path / "large.png").write_bytes(bytes(300_000))
     with pytest.raises(Exception, match=r"413|size"):
         client.predict("what?", [handle_file(str(tmp_path / "large.png"))], api_name="/ask")

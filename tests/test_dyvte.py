@@ -419,7 +419,7 @@ def test_marks_of_images_stay_where_rounding_differs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give one of exit_layer, histogram, gate, which choose the exit; 0 were given"),
+        ({}, "give one of exit_layer, histogram, gate, which choose the exit, or weights, a folder with.*; 0"),
         ({"exit_layer": 2, "gate": "light"}, "give one of exit_layer, histogram, gate.*2 were given"),
         ({"exit_layer": 2, "threshold": 0.7}, "threshold belongs to gate, and exit_layer was given"),
         ({"exit_layer": 2, "recoverable": True}, "recoverable belongs to gate.*without a gate no later question"),

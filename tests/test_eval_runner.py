@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tiny
 
-from mllm.errors import ConfigError, EvalError, InputError
+from mllm.config import load_config
+from mllm.errors import ConfigError, ConflictError, EvalError, InputError, LoadError, UnsupportedModelError
 from mllm.eval import results, runner, stats
 from mllm.eval.runner import run_grid
 from mllm.eval.tasks import task_folder
@@ -173,10 +174,13 @@ def test_a_corrupt_cell_is_kept_aside_and_run_again(model, tmp_path, capsys):
     assert again[0]["score"] == cells[0]["score"]
 
 
-def test_an_errors_message_has_a_line_of_its_own(model, tmp_path, capsys):
-    (tmp_path / "deep.yaml").write_text("techniques: [{technique: DyVTE, exit_layer: 99}]")
-    with pytest.raises(ConfigError, match="exit_layer=99, but this model has 6 layers"):
-        grid(model, tmp_path / "out", (tmp_path / "deep.yaml",), ("mllm_vqa",))
+def test_an_errors_message_has_a_line_of_its_own(model, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise ConfigError("it does not work")
+
+    monkeypatch.setattr(runner, "_run_cell", fails)
+    with pytest.raises(ConfigError, match="it does not work"):
+        grid(model, tmp_path / "out", tasks=("mllm_vqa",))
     assert re.split(r"[\r\n]", capsys.readouterr().err)[-1].strip() == ""  # no bar is left open
 
 
@@ -220,6 +224,7 @@ def test_backends_and_formats_are_not_mixed(model, tmp_path):
         ({"limit": {"mllm_vqa": 3}}, EvalError, "limit is given for mllm_vqa, but the tasks are: mllm_text"),
         ({"configs": (PLAIN, PLAIN)}, EvalError, "Several configs are named none"),
         ({"configs": ("nowhere.yaml",)}, ConfigError, "nowhere.yaml cannot be read"),
+        ({"attn": "magic"}, ConfigError, "attn='magic' is not one of: sdpa, eager"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, monkeypatch, options, error, message):
@@ -228,11 +233,38 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, monkeypatch, op
         grid("default", tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "error", "message"),
+    [
+        ("techniques: [{technique: DyVTE, exit_layer: 99}]", {}, ConfigError, "exit_layer=99, but this model has 6"),
+        ("techniques: [{technique: naavit}, {technique: EEMLLM}]", {}, ConflictError, "both decide what visual rows"),
+        (
+            "techniques: [{technique: DyVTE, weights: default/gates}]",
+            {},
+            LoadError,
+            "default/gates was saved for anoth",
+        ),
+        ("techniques: [{technique: mma}]", {"attn": "flex_attention"}, UnsupportedModelError, "Mod.* is not exact"),
+    ],
+)
+def test_a_config_that_fits_no_model_ends_the_run_before_it_begins(
+    tmp_path, monkeypatch, config, options, error, message
+):
+    monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "mine.yaml").write_text(config)
+    with pytest.raises(error, match=rf"mine\.yaml does not fit the model tiny: .*{message}"):
+        grid("tiny", tmp_path / "out", (PLAIN, tmp_path / "mine.yaml"), **options)
+    with pytest.raises(error, match="The config mine does not fit the model tiny: "):
+        grid("tiny", tmp_path / "out", (load_config(PLAIN), load_config(tmp_path / "mine.yaml")), **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvalError, match="cannot be written"):
+    with pytest.raises(EvalError, match=r"cannot be written: .*file is a file\. Give another --out") as caught:
         grid("default", tmp_path / "file" / "out")
+    assert "free some space" not in str(caught.value)
 
 
 def test_a_full_disk_loses_nothing(model, tmp_path, monkeypatch):
@@ -244,7 +276,7 @@ def test_a_full_disk_loses_nothing(model, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EvalError, match="the disk is full"):
+    with pytest.raises(EvalError, match=r"the disk is full\. Finished results are kept; free some space"):
         grid(model, tmp_path, limit=2)
     with pytest.raises(EvalError, match="the disk is full"):
         results.write_json(path, {"half": "a cell"})

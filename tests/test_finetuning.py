@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ def test_the_control_trains_alike_without_the_technique(folder, tmp_path):
     out = train("naavit", folder, tmp_path / "control", options={"attach": False}, training={"steps": 2})
     assert (out / "adapter_model.safetensors").exists()
     assert not (out / "technique_config.json").exists()
+
+
+def test_libraries_do_not_warn_of_what_nobody_can_change(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("error", "Could not find a config file in tiny")
+        train("naavit", "tiny", tmp_path / "run", training={"steps": 1})
 
 
 def test_full_fine_tuning_saves_a_whole_model(folder, tmp_path):

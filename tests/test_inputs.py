@@ -147,6 +147,18 @@ def test_placeholders_and_pictures_must_agree(family, placeholders, images):
         encode(processor, [text], [[tiny_image()] * images])
 
 
+@pytest.mark.parametrize("images", ["a.png", ["a.png"], [tiny_image()], tiny_image()])
+def test_a_flat_list_of_pictures(images):
+    with pytest.raises(InputError, match=r'pictures: one list per prompt, e\.g\. \[\["photo\.jpg"\]\]'):
+        chat_inputs(tiny_processor("llava"), ["What?"], images)
+
+
+@pytest.mark.parametrize("prompts", ["What?", ["What?", None]])
+def test_prompts_are_a_list_of_texts(prompts):
+    with pytest.raises(InputError, match=r'prompts=.*: a list of texts is needed, e\.g\. \["What is in the picture'):
+        chat_inputs(tiny_processor("llava"), prompts)
+
+
 def test_lists_of_pictures_must_match_the_prompts():
     with pytest.raises(InputError, match="1 prompts and 2 lists"):
         chat_inputs(tiny_processor("llava"), ["What?"], [[], []])

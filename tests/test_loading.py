@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from mllm import load, load_techniques, loading
 from mllm.errors import ConfigError, LoadError, UnsupportedModelError
+from mllm.saving import config_fingerprint, fingerprint
+from mllm.token_pruning import DyVTE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,6 +29,31 @@ def test_a_folder_loads_as_a_plain_model(family, attn, tmp_path):
     inputs = tiny_inputs(original, tiny_processor(family), "batch")
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, original(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_is_told_by_stands_in_its_config(family, tmp_path):
+    folder = save_tiny(family, tmp_path / "model")
+    for weights in folder.glob("*.safetensors"):  # there, and not read
+        weights.write_bytes(b"")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    for source in (folder, adapter):
+        assert config_fingerprint(loading.model_config(source)) == fingerprint(tiny_model(family))
+
+
+def test_configs_of_the_models_that_come_along(monkeypatch, tmp_path):
+    assert loading.model_config("tiny").get_text_config().num_hidden_layers == 6
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path))  # the default model is not fetched to look at it
+    assert loading.model_config("default") is None
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("{}", "does not name the model")])
+def test_an_adapter_that_names_no_model(tmp_path, text, message):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(LoadError, match=message):
+        loading.model_config(tmp_path)
 
 
 def test_unknown_families_are_named(tmp_path):
@@ -82,6 +109,9 @@ def test_nothing_there(name, message):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(LoadError, match=r"has no config\.json"):
         load(tmp_path)
+    DyVTE(exit_layer=1).attach(tiny_model("llava", fresh=True)).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=r"is a technique folder: .*load_techniques\('.*or write `weights: "):
+        load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(LoadError, match="no config that transformers can read"):
@@ -91,14 +121,25 @@ def test_a_folder_that_is_no_model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attn": "magic"}, "attn='magic' is not one of: sdpa, eager"),
+        ({"attn": "magic"}, r"attn='magic' is not one of: sdpa, eager\. Without techniques also: flash_attention_2"),
         ({"dtype": "float8"}, "dtype='float8' is not one of: auto, float32"),
         ({"device": "toaster"}, "device='toaster'"),
+        ({"device": "cuda"}, "device='cuda': no usable GPU here. Use 'auto' or 'cpu'"),
+        ({"device": "cuda:1"}, "device='cuda:1': no usable GPU here"),
     ],
 )
-def test_wrong_options(options, message, tmp_path):
+def test_wrong_options(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         load(save_tiny("llava", tmp_path), **options)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="device='cuda:2': the last GPU here is 'cuda:1'"):
+        loading.pick_device("cuda:2")
 
 
 def test_auto_is_float32_on_a_cpu_without_bfloat16(monkeypatch):

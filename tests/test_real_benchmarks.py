@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def test_commands_name_models_tasks_and_configs(monkeypatch, capsys):
         assert [load_config(path).name for path in configs]
         assert set(words[words.index("--tasks") + 1].split(",")) <= set(real_benchmarks.TASKS.values())
     assert {model.family for model in real_benchmarks.MODELS.values()} <= set(FAMILIES)
+
+
+def test_it_works_from_any_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["real_benchmarks.py", "--models", "llava-1.5-7b", "--tasks", "pope"])
+    real_benchmarks.main()
+    words = shlex.split(capsys.readouterr().out)
+    configs = words[words.index("--configs") + 1 : words.index("--tasks")]
+    assert "none" in [load_config(path).name for path in configs]
+
+
+def test_a_check_that_fails_says_why(monkeypatch, tmp_path):
+    pytest.importorskip("lmms_eval", reason="needs lmms_eval: pip install -e '.[all,dev]'")
+    monkeypatch.setattr(real_benchmarks, "TASKS", {})
+    with pytest.raises(SystemExit, match=r"llava: nowhere\.yaml cannot be read"):
+        real_benchmarks.check(["nowhere.yaml"])
+    monkeypatch.setitem(sys.modules, "lmms_eval.tasks", None)
+    with pytest.raises(SystemExit, match="--check needs lmms_eval"):
+        real_benchmarks.check([])
 
 
 def test_lmms_eval_has_every_task():

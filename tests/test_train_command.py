@@ -7,6 +7,7 @@ import time
 from typing import ClassVar
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_cli import run
 from tiny import save_tiny, tiny_image
@@ -110,8 +111,9 @@ def test_smoke(monkeypatch, capsys, model, tmp_path):
     code, out, err = run(monkeypatch, capsys, "train", "tinyprojector", "--model", model, "--smoke")
     assert code == 0, err
     assert time.monotonic() - started < 60
-    assert out == "runs/train-tinyprojector\n"
-    assert len(read_log(tmp_path / "runs" / "train-tinyprojector" / "log.jsonl")) == 3
+    assert out == "runs/smoke-tinyprojector\n"
+    assert len(read_log(tmp_path / "runs" / "smoke-tinyprojector" / "log.jsonl")) == 3
+    assert not (tmp_path / "runs" / "train-tinyprojector").exists()  # the folder of a real run stays free
 
 
 def test_list_shows_the_command(monkeypatch, capsys):
@@ -130,11 +132,14 @@ def test_list_shows_the_command(monkeypatch, capsys):
         ({"arguments": {"layer": 1}}, r"Unknown argument layer=1 of TinyProjector\. Its arguments: layers\."),
         ({"training": {"step": 1}}, r"step=1: .*Settings of training: steps"),
         ({"training": {"steps": 0}}, r"steps=0"),
+        ({"device": "cuda"}, r"device='cuda': no usable GPU here"),
+        ({"out": __file__}, r"test_train_command\.py is a file\. Give a folder"),
         ({"data": "nowhere.json"}, r"data='nowhere\.json' is neither a file nor one of: scenes"),
         ({"options": {"rate": 1}}, r"Unknown option rate=1\. Options of this recipe: bias_rate\."),
     ],
 )
-def test_mistakes(model, tmp_path, arguments, message):
+def test_mistakes(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         train_technique(**{"name": "tinyprojector", "model": str(model), "out": tmp_path / "run", **arguments})
     assert not (tmp_path / "run").exists()
@@ -150,7 +155,8 @@ def test_a_missing_package_is_named(model, monkeypatch):
     ("text", "message"),
     [
         ("- 1", r"a training config is a mapping with the keys model, data"),
-        ("steps: 3", r"unknown key 'steps' = 3\. Allowed keys: model"),
+        ("step: 3", r"unknown key 'step' = 3\. Allowed keys: model.*, training\.$"),
+        ("steps: 3", r"unknown key 'steps' = 3\. Allowed keys: model.*Did you mean training: \{steps: 3\}\?"),
         ("training: 3", "training = 3 must be a mapping"),
         ("model: 3", "model = 3 must be a text"),
         ("a: [", "cannot be read"),

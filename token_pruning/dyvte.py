@@ -133,7 +133,10 @@ class DyVTE(TrainedTechnique):
     def _check_mode(self) -> DyVTE:
         chosen = [mode for mode in _MODES if getattr(self, mode) is not None]
         if len(chosen) != 1:
-            raise ValueError(f"give one of {', '.join(_MODES)}, which choose the exit; {len(chosen)} were given")
+            trained = ", or weights, a folder with trained gates" if not chosen else ""
+            raise ValueError(
+                f"give one of {', '.join(_MODES)}, which choose the exit{trained}; {len(chosen)} were given"
+            )
         for mode, arguments in _MODES.items():
             for name in arguments:
                 if mode != chosen[0] and getattr(self, name) != type(self).model_fields[name].default:
