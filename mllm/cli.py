@@ -380,7 +380,7 @@ def analyze(
 ) -> None:
     """Measure per layer where attention flows, what the layer contributes, and what leaving after it costs.
 
-    Example: mllm analyze --model default --samples 32 --out runs/analysis --choose 8 --write configs/mine.yaml
+    Example: mllm analyze --model default --samples 32 --out runs/analysis --choose 8 --write runs/mine.yaml
     """
     from mllm.eval.analyze import analyze as run_analysis
     from mllm.eval.analyze import folder_samples, task_samples
