@@ -342,6 +342,7 @@ def _constants(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], 
 def _mixtures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], Cell]) -> list[str]:
     """Remarks on what makes rows hard to compare."""
     remarks = []
+    lower = list(dict.fromkeys(row.task for rows in tables.values() for row in rows if not row.higher))
     for key in ("backend", "dtype", "device", "batch_size", "seed"):
         values = sorted({str(cell[key]) for cell in chosen.values() if key in cell})
         if len(values) > 1:
@@ -351,7 +352,6 @@ def _mixtures(tables: dict[str, list[Row]], chosen: dict[tuple[str, str, str], C
         if task != OVERALL and len(counts) > 1:
             remarks.append(f"{task}: the configurations were not given the same number of samples.")
         missing = [_label(row, True) for row in rows if row.score is None]
-        lower = list(dict.fromkeys(row.task for part in tables.values() for row in part if not row.higher))
         if missing and task == OVERALL and lower:
             remarks.append(f"No overall score, because less is better in {', '.join(lower)}.")
         elif missing and task == OVERALL:

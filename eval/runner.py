@@ -91,8 +91,6 @@ def run_grid(
         for loaded, config in zip(loaded_configs, configs, strict=True)
     }
     loaded_configs.sort(key=lambda config: bool(config.stack.describe()))  # the plain model first
-    identities = {source: source_digest(str(source)) for source in sources.values()}
-    data = {task: _task_digest(task, include_path) for task in tasks}
     names = [config.name for config in loaded_configs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvalError(f"Several configs are named {', '.join(sorted(twice))}. Give each its own name.")
@@ -100,6 +98,8 @@ def run_grid(
     target = pick_device(device)
     for name, source in sources.items():
         _check_fit(name, source, loaded_configs, origins, attn or "sdpa")
+    identities = {source: source_digest(str(source)) for source in sources.values()}
+    data = {task: _task_digest(task, include_path) for task in tasks}
     first = int(os.environ.get("RANK", 0)) == 0
     shared = {
         "backend": attn or "sdpa",
@@ -203,16 +203,15 @@ def source_digest(source: str) -> str | None:
 
 
 def _task_digest(task: str, include_path: str | Path | None) -> str:
-    """What a task asks and how it is scored: of ours and of a folder's the files, of lmms-eval's own its version."""
-    ours = task_folder()
-    if include_path:
-        files = sorted(file for file in Path(include_path).rglob("*") if file.is_file() and file.suffix != ".pyc")
-    elif (yaml := ours / f"{task}.yaml").exists():
+    """What a task asks and how it is scored: lmms-eval's version, the files of ours, those of the user's folder."""
+    ours, files = task_folder(), []
+    if (yaml := ours / f"{task}.yaml").exists():
         files = [yaml, ours / "_offline", *sorted(ours.glob("*.py"))]
         files += [ours / name for name in re.findall(r"data/\S+\.parquet", yaml.read_text(encoding="utf-8"))]
-    else:
-        return f"lmms_eval {version('lmms_eval')}"
-    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
+    if include_path:
+        files += sorted(file for file in Path(include_path).rglob("*") if file.is_file() and file.suffix != ".pyc")
+    parts = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+    return _digest(version("lmms_eval").encode(), *parts)
 
 
 def _local(device: str) -> str:

@@ -145,6 +145,7 @@ def test_the_digest_of_a_task_follows_its_data(tmp_path, monkeypatch):
     before = [runner._task_digest(task, None) for task in names]
     (tasks / "data" / "mllm_caption.parquet").write_bytes(b"other")
     after = [runner._task_digest(task, None) for task in names]
+    assert runner._task_digest("mllm_caption", tmp_path / "none") != before[0]  # a folder of one's own beside them
     assert [one == two for one, two in zip(before, after, strict=True)] == [False, False, True]
 
 
