@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from mllm.adapters.lorra import LoRRA
 from mllm.chats import Chat, collate
 from mllm.errors import ConfigError
 from mllm.families import find_parts
+from mllm.finetuning import add_lora, save_lora
 from mllm.roles import ChatFormat
 from mllm.saving import LearnedWeights, check_base, no_weights, read_learned
 from mllm.training import Options, Recipe, answer_loss
@@ -70,12 +70,7 @@ class LoRRATraining(Recipe):
         patterns = [pattern for pattern, rate in rates.items() if rate is not None]
         self.model = model
         if patterns:
-            config = LoraConfig(
-                r=own.rank,
-                lora_alpha=2 * own.rank,
-                target_modules=rf".*({'|'.join(patterns)})",
-            )
-            self.model = get_peft_model(model, config)
+            self.model = add_lora(model, rf".*({'|'.join(patterns)})", own.rank)
         self.handle = LoRRA(**arguments).attach(self.model, processor, freeze=False)
         (module,) = self.handle.modules
         module.float()
@@ -120,7 +115,7 @@ class LoRRATraining(Recipe):
     def save(self, folder: Path) -> None:
         self.handle.save_pretrained(folder)
         if self.model is not find_parts(self.model).model:
-            self.model.save_pretrained(folder)
+            save_lora(self.model, folder)
             self.processor.save_pretrained(folder)
 
 

@@ -29,8 +29,8 @@ from mllm.eval import results
 from mllm.eval.stats import interval
 from mllm.eval.tasks import manifest, task_folder
 from mllm.inputs import chat_inputs
-from mllm.loading import TINY, check_attention, load, model_config, pick_device, pick_dtype
-from mllm.saving import check_base, config_fingerprint
+from mllm.loading import check_attention, load, model_config, pick_device, pick_dtype
+from mllm.saving import check_base, config_fingerprint, locate
 from mllm.timing import PeakMemory, percentile
 
 
@@ -186,7 +186,7 @@ def source_digest(source: str) -> str | None:
         from mllm.default_model import weights_digest
 
         return weights_digest()
-    folder = TINY if source == "tiny" else Path(source)
+    folder = locate(source)
     if not folder.is_dir():
         return None
     parts = []

@@ -280,11 +280,13 @@ def reading_samples(split: str, seed: int, n: int, margins: tuple[int, int] | No
 TITLES = ("Report", "Notes", "Invoice", "Letter", "Manual", "Menu")
 
 
-def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2, 3)) -> Iterator[Sample]:
+def document_samples(
+    split: str, seed: int, n: int, pages: tuple[int, ...] = (2, 3), every_page: bool = False
+) -> Iterator[Sample]:
     """Pages with a heading, lines of small text and one coloured shape; questions name a page or ask for it.
 
-    A training sample holds all three questions, a test sample one of them: three samples follow each other that have
-    the same pages.
+    A training sample holds all three questions, with ``every_page`` the same three about each page, in any order. A
+    test sample holds one of them: three samples follow each other that have the same pages.
     """
     rng = rng_for("documents", split, seed)
     made = documents = 0
@@ -308,17 +310,24 @@ def document_samples(split: str, seed: int, n: int, pages: tuple[int, ...] = (2,
             images.append(image)
         evidence = rng.randrange(count)
         other = rng.randrange(count)
-        turns = (
-            Turn(
-                f"Which page shows a {colors[evidence]} shape? Answer with its number.",
-                str(evidence + 1),
-                (NUMBERS[evidence + 1],),
-                kind="page",
-            ),
-            Turn(f"What color is the shape on page {other + 1}?", colors[other], kind="page color"),
-            Turn(f"What color is the {shapes[evidence]}?", colors[evidence], kind="color"),
-        )
-        parts = [turns] if split == "train" else [(turns[(documents + k) % 3],) for k in range(3)]
+        asked = [(page, page) for page in range(count)] if every_page and split == "train" else [(evidence, other)]
+        turns = [
+            turn
+            for shown, numbered in asked
+            for turn in (
+                Turn(
+                    f"Which page shows a {colors[shown]} shape? Answer with its number.",
+                    str(shown + 1),
+                    (NUMBERS[shown + 1],),
+                    kind="page",
+                ),
+                Turn(f"What color is the shape on page {numbered + 1}?", colors[numbered], kind="page color"),
+                Turn(f"What color is the {shapes[shown]}?", colors[shown], kind="color"),
+            )
+        ]
+        if every_page:
+            rng.shuffle(turns)
+        parts = [tuple(turns)] if split == "train" else [(turns[(documents + k) % 3],) for k in range(3)]
         for part in parts[: n - made]:
             made += 1
             shows = other if part[0].kind == "page color" else evidence

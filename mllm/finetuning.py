@@ -25,6 +25,24 @@ from mllm.training import Options, Recipe, answer_loss
 _ATTENTION, _ALL = "self_attn.(q|k|v|o)_proj", "(self_attn.(q|k|v|o)|mlp.(gate|up|down))_proj"
 
 
+def add_lora(model: nn.Module, targets: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> nn.Module:
+    """The model in a peft wrapper, frozen but for low-rank updates of the layers that the pattern ``targets`` names.
+
+    ``alpha`` is twice the rank where it is not given.
+    """
+    alpha = 2 * rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    with warnings.catch_warnings():  # peft reads a name that transformers gave up; nothing follows from it here
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def save_lora(model: nn.Module, folder: Path) -> None:
+    """Write the updates of :func:`add_lora`, for :func:`mllm.load`."""
+    # nothing was added to the vocabulary: peft need not look for the base model's config to find that out
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
 class FinetuningOptions(BaseModel):
     """Options of fine-tuning.
 
@@ -65,15 +83,8 @@ class Finetuning(Recipe):
             self.model = model
         else:
             inner = _ALL if self.own.targets == "all" else _ATTENTION
-            config = LoraConfig(
-                r=self.own.rank,
-                lora_alpha=self.own.alpha,
-                lora_dropout=self.own.dropout,
-                target_modules=rf".*language_model\.layers\.\d+\.{inner}",
-            )
-            with warnings.catch_warnings():  # peft reads a name that transformers gave up; nothing follows from it here
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                self.model = get_peft_model(model, config)
+            targets = rf".*language_model\.layers\.\d+\.{inner}"
+            self.model = add_lora(model, targets, self.own.rank, self.own.alpha, self.own.dropout)
         if self.own.gradient_checkpointing:
             parts.text.gradient_checkpointing_enable({"use_reentrant": False})
         parts.text.train()  # dropout of LoRA, and checkpointing
@@ -97,8 +108,7 @@ class Finetuning(Recipe):
             if self.own.method == "full":
                 model.save_pretrained(folder)
             else:
-                # nothing was added to the vocabulary: peft need not look for the base model's config to find that out
-                self.model.save_pretrained(folder, save_embedding_layers=False)
+                save_lora(self.model, folder)
         self.processor.save_pretrained(folder)
 
 

@@ -12,12 +12,14 @@ from torch import nn
 
 from mllm.errors import ConfigError, LoadError, UnsupportedModelError
 from mllm.families import FAMILIES, find_parts
-from mllm.saving import CONFIG_NAME
+from mllm.saving import CONFIG_NAME, locate
 
 ATTENTION_BACKENDS = ("sdpa", "eager")
 #: these run the plain model alone: techniques refuse them
 _PLAIN_BACKENDS = ("flash_attention_2", "flex_attention")
 _ADAPTER = "adapter_config.json"
+#: where a folder says how pictures are prepared
+_PREPARATION = ("preprocessor_config.json", "processor_config.json")
 #: the model ``tiny``, which comes with this package
 TINY = Path(__file__).parent / "weights" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +78,7 @@ def load(
         name_or_path: a model folder, a hub name, or a model that comes with this package: ``"default"``, prepared on
             first use (``mllm fetch-default`` does it beforehand), or ``"tiny"``, which is small enough to be committed
             and knows drawn pictures only. A folder with a LoRA adapter, as fine-tuning writes it, loads the model that
-            the adapter names and merges the adapter into it.
+            the adapter names and merges the adapter into it; ``"default/documents"`` is one that comes along.
         attn: attention backend, ``"sdpa"`` (the default) or ``"eager"``; the techniques of this version are exact on
             these two and refuse ``"flash_attention_2"`` and ``"flex_attention"``, which run the plain model alone.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware has it,
@@ -99,8 +101,8 @@ def load(
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype, target)
     source = str(name_or_path)
-    if (Path(source) / _ADAPTER).exists():
-        return _load_adapted(Path(source), attn, dtype, device, kwargs)
+    if (locate(source) / _ADAPTER).exists():
+        return _load_adapted(source, attn, dtype, device, kwargs)
     if source == "default":
         from mllm.default_model import fetch_default
 
@@ -144,8 +146,8 @@ def model_config(name_or_path: str | Path) -> Any:
         LoadError, UnsupportedModelError: what :func:`load` would refuse as well.
     """
     source = str(name_or_path)
-    while (Path(source) / _ADAPTER).exists():
-        source = _adapter_base(Path(source))
+    while (locate(source) / _ADAPTER).exists():
+        source = _adapter_base(locate(source))
     if source == "default":
         from mllm.default_model import default_model_path
 
@@ -197,9 +199,15 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def _load_adapted(
-    folder: Path, attn: str | None, dtype: str, device: str, kwargs: dict[str, Any]
+    name: str, attn: str | None, dtype: str, device: str, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
-    """The base model of a peft adapter with the adapter merged in: a plain model again."""
+    """The base model of a peft adapter with the adapter merged in: a plain model again.
+
+    Pictures are prepared as the adapter's folder says, where it says so: it may have learned from larger ones.
+    """
+    folder = locate(name)
+    if folder == locate("default/lora"):
+        raise LoadError(f"{name} is merged into the default model already. Load 'default'.")
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -212,7 +220,9 @@ def _load_adapted(
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"The adapter in {folder} does not fit {base}: {error}") from error
-    return _named(merged, str(folder)).eval(), processor
+    if any((folder / file).exists() for file in _PREPARATION):
+        processor.image_processor = type(processor.image_processor).from_pretrained(folder)
+    return _named(merged, name).eval(), processor
 
 
 def _check_folder(folder: Path) -> None:

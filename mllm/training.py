@@ -14,8 +14,8 @@ NAME`` (:func:`train_technique`) imports it only then and calls
   against a pydantic model and refuses unknown ones.
 * The :class:`Recipe` that it returns holds the trainable parameters, the loss and the way to save.
 
-LoRA needs no helper: ``peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=PATTERN))``
-freezes the model and adds the trainable part; ``find_parts`` looks through the wrapper.
+For LoRA there is :func:`mllm.finetuning.add_lora`, which freezes the model and adds the trainable part; ``find_parts``
+looks through the wrapper.
 
 Several processes are started by torch's or accelerate's launcher, ``torchrun --nproc-per-node 2 -m mllm.cli train``.
 Only gradients travel between them, so the frozen model is not wrapped. Micro-batch ``k`` of process ``r`` is a function

@@ -22,7 +22,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 
 from PIL import Image
@@ -368,6 +368,7 @@ SOURCES = {
     "scenes": drawn.scene_samples,
     "reading": with_fonts(drawn.reading_samples),
     "documents": with_fonts(drawn.document_samples),
+    "every page": with_fonts(partial(drawn.document_samples, every_page=True)),
     "text": drawn.text_samples,
 }
 

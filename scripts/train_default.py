@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,6 +41,7 @@ from tqdm import tqdm
 from data_sources import SOURCES, Sample, Turn, requests, rng_for, side  # isort: skip  (beside this file)
 
 from mllm.default_model import ADAPTER, PARTS, PROJECTOR, WEIGHTS, _part, assemble, cache_folder
+from mllm.finetuning import add_lora
 from mllm.inputs import chat_inputs, open_image
 from mllm.loading import pick_dtype
 
@@ -69,17 +70,18 @@ class Learner:
     Args:
         model, processor: as :func:`mllm.default_model.assemble` gives them.
         rank: of the LoRA; 0: none.
+        targets: what the LoRA updates; where the projector is part of it, nothing else of the projector learns.
     """
 
-    def __init__(self, model: Any, processor: Any, rank: int = 0) -> None:
+    def __init__(self, model: Any, processor: Any, rank: int = 0, targets: str = TARGETS) -> None:
         self.model, self.processor, self.rank = model, processor, rank
         self.projector = model.model.multi_modal_projector
         freeze(model)
         torch.manual_seed(0)
         if rank:
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
-            self.adapted = get_peft_model(model, config)
-        self.projector.requires_grad_(True)
+            self.adapted = add_lora(model, targets, rank)
+        if targets == TARGETS:
+            self.projector.requires_grad_(True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def state(self) -> dict[str, Any]:
@@ -284,17 +286,19 @@ def train(
     validation: int = 12,
     every: int = 100,
     init: str = "random",
+    mixture: dict[str, float] | None = None,
 ) -> None:
     """Train up to ``steps`` optimizer steps in all, going on from ``out/state.pt`` where there is one.
 
     ``validation`` samples a source are scored before the first step, after the last and every ``every`` steps; ``init``
-    says in the state where the weights came from.
+    says in the state where the weights came from; ``mixture`` is ``MIXTURE`` where none is given.
     """
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(learner.parameters, lr=1.0, weight_decay=0.02)
-    asked = "instructions" in MIXTURE
+    mixture = mixture or MIXTURE
+    asked = "instructions" in mixture
     replies = own_replies(learner.model, learner.processor, out / "replies.json") if asked else {}
-    draws = Draws(replies, MIXTURE)
+    draws = Draws(replies, mixture)
     first, state_file = 0, out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -336,11 +340,18 @@ def train(
 
 def export(out: Path, folder: Path = WEIGHTS) -> None:
     """Write a training state as 16-bit safetensors that say how they were made, and the loss curve."""
-    state = torch.load(out / "state.pt", weights_only=True)
+    state, rows = torch.load(out / "state.pt", weights_only=True), read_log(out / "log.jsonl")
+    recipe = recipe_of(state, rows)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = read_log(out / "log.jsonl")
+    save_half(state["projector"], folder / PROJECTOR.name, recipe)
+    export_adapter(state, folder / ADAPTER.name, TARGETS, recipe)
+    curve(rows, folder / "loss.png")
+
+
+def recipe_of(state: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """How a training state came about, as a safetensors file says it of itself."""
     validations = [row["validation"] for row in rows if "validation" in row]
-    recipe = {
+    return {
         "steps": str(state["step"]),
         "chats_per_step": str(state["chats"]),
         "rank": str(state["rank"]),
@@ -348,17 +359,21 @@ def export(out: Path, folder: Path = WEIGHTS) -> None:
         "validation_before": json.dumps(validations[0] if validations else {}),
         "validation_after": json.dumps(validations[-1] if validations else {}),
     }
-    files = {"projector": folder / PROJECTOR.name, "adapter": folder / ADAPTER.name / "adapter_model.safetensors"}
-    for name, file in files.items():
-        file.parent.mkdir(exist_ok=True)
-        weights = {key: value.to(torch.float16).contiguous() for key, value in state[name].items()}
-        save_file(weights, file, metadata=recipe)
+
+
+def export_adapter(state: dict[str, Any], folder: Path, targets: str, recipe: dict[str, str]) -> None:
+    """Write a training state's LoRA as every version of peft reads it, unlike what this one would write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_half(state["adapter"], folder / "adapter_model.safetensors", recipe)
     rank = state["rank"]
-    # what every version of peft understands, unlike what this one would write
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": TARGETS}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
     written = json.dumps({**settings, "base_model_name_or_path": "default"}, indent=1) + "\n"
-    (folder / ADAPTER.name / "adapter_config.json").write_text(written, encoding="utf-8")
-    curve(rows, folder / "loss.png")
+    (folder / "adapter_config.json").write_text(written, encoding="utf-8")
+
+
+def save_half(tensors: dict[str, Tensor], file: Path, recipe: dict[str, str]) -> None:
+    """Write tensors as float16."""
+    save_file({key: value.to(torch.float16).contiguous() for key, value in tensors.items()}, file, metadata=recipe)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -370,7 +385,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def curve(rows: list[dict[str, Any]], picture: Path) -> None:
+def curve(rows: list[dict[str, Any]], picture: Path, title: str = "default model") -> None:
     """Draw training and validation loss over the steps."""
     import matplotlib
 
@@ -390,7 +405,7 @@ def curve(rows: list[dict[str, Any]], picture: Path) -> None:
     for name in validated[0]["validation"] if validated else ():
         values = [row["validation"][name] for row in validated]
         axes.plot([row["step"] for row in validated], values, marker="o", markersize=3, label=f"validation, {name}")
-    axes.set(xlabel="step", ylabel="cross-entropy of an answer's tokens", title="default model")
+    axes.set(xlabel="step", ylabel="cross-entropy of an answer's tokens", title=title)
     top = max([sorted(losses)[int(len(losses) * 0.97)], *(v for row in validated for v in row["validation"].values())])
     axes.set_ylim(0, 1.05 * top)
     axes.legend(frameon=False, fontsize=8)

@@ -40,6 +40,26 @@ def test_scene_answers_are_true():
                 assert all(name in turn.answer for name in present)
 
 
+@pytest.mark.parametrize("every_page", [False, True])
+def test_document_answers_are_true(every_page):
+    """Read back from the pages: the colour that covers most of each but for white."""
+    shades = {color: name for name, color in drawn.COLORS.items()}
+    for sample in drawn.document_samples("train", 4, 20, every_page=every_page):
+        colors = []
+        for page in sample.images:
+            counted = {shades[color]: n for n, color in page.getcolors(100_000) if color in shades}
+            colors.append(max(counted, key=counted.get))
+        assert len(sample.turns) == 3 * (len(colors) if every_page else 1)
+        assert not every_page or len({turn.question for turn in sample.turns}) == len(sample.turns)
+        for turn in sample.turns:
+            if turn.kind == "page":
+                assert f" {colors[int(turn.answer) - 1]} " in turn.question
+            elif turn.kind == "page color":
+                assert turn.answer == colors[int(turn.question.split()[-1].strip("?")) - 1]
+            else:
+                assert turn.answer in colors
+
+
 @given(st.text(min_size=1))
 def test_a_group_has_one_side(group):
     assert side(group) == side(group) in drawn.SPLITS

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_inputs
 
-from mllm import load, load_techniques
+from mllm import load, load_techniques, saving
 from mllm.errors import ConfigError, LoadError
+from mllm.loading import model_config
+from mllm.saving import config_fingerprint, fingerprint
 from mllm.training import read_log, train_technique
 
 
@@ -48,11 +50,12 @@ def test_the_control_trains_alike_without_the_technique(folder, tmp_path):
     assert not (out / "technique_config.json").exists()
 
 
-def test_libraries_do_not_warn_of_what_nobody_can_change(tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("naavit", {}), ("lorra", {"model_lr": 1e-3})])
+def test_libraries_do_not_warn_of_what_nobody_can_change(tmp_path, name, options):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("error", "Could not find a config file in tiny")
-        train("naavit", "tiny", tmp_path / "run", training={"steps": 1})
+        train(name, "tiny", tmp_path / "run", training={"steps": 1}, options=options)
 
 
 def test_full_fine_tuning_saves_a_whole_model(folder, tmp_path):
@@ -97,6 +100,34 @@ def test_adapters_name_the_model_that_they_were_trained_on(folder, tmp_path):
         config = json.loads((out / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base)
     load(second)  # with the first one's updates beneath
+
+
+def test_pictures_are_prepared_as_the_adapter_says(folder, tmp_path):
+    out = train("naavit", folder, tmp_path / "run", training={"steps": 1})
+    _, base = load(folder, dtype="float32", device="cpu")
+    processor = load(out, dtype="float32", device="cpu")[1]
+    assert processor.image_processor.to_dict() == base.image_processor.to_dict()
+    processor.image_processor.size = {"shortest_edge": 28}
+    processor.image_processor.save_pretrained(out)
+    (out / "processor_config.json").unlink()
+    assert load(out, dtype="float32", device="cpu")[1].image_processor.size["shortest_edge"] == 28
+    (out / "preprocessor_config.json").unlink()
+    assert load(out, dtype="float32", device="cpu")[1].image_processor.to_dict() == base.image_processor.to_dict()
+
+
+def test_an_adapter_that_comes_along_goes_by_its_name(folder, tmp_path, monkeypatch):
+    train("naavit", folder, tmp_path / "models" / "mine" / "part", training={"steps": 1})
+    monkeypatch.setattr(saving, "PACKAGED", tmp_path / "models")
+    model, _ = load("mine/part", dtype="float32", device="cpu")
+    same, _ = load(tmp_path / "models" / "mine" / "part", dtype="float32", device="cpu")
+    assert model.name_or_path == "mine/part"
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), same.parameters(), strict=True))
+    assert fingerprint(model) == config_fingerprint(model_config("mine/part"))
+
+
+def test_what_a_model_holds_already_is_not_merged_twice():
+    with pytest.raises(LoadError, match="default/lora is merged into the default model already"):
+        load("default/lora")
 
 
 def test_a_broken_adapter_is_refused(folder, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import train_default
+import train_documents
 from data_sources import SOURCES
 from peft import PeftModel
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mllm import load
 from mllm.compose import compose
 from mllm.drawn import scene_samples
 from mllm.inputs import chat_inputs
@@ -96,6 +98,34 @@ def test_what_is_exported_is_what_was_trained(parts, tmp_path):
     sample = next(scene_samples("train", 5, 1))
     with torch.no_grad():
         losses = [train_default.batch_loss(one, processor, [sample], 1).item() for one in (model, merged)]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_what_reads_documents_is_an_adapter_that_loads(parts, tmp_path):
+    """Its updates of the projector too, and the size of its pictures."""
+    model, processor = parts
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    processor.image_processor.size = {"height": 128, "width": 128}
+    learner = train_default.Learner(model, processor, 4, train_documents.TARGETS)
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    train_default.train(learner, tmp_path / "run", steps=2, micro_size=2, micros=1, validation=0)
+    changed = {name for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert len(changed) == (2 * 7 + 2) * 2
+    processor.image_processor.save_pretrained(tmp_path / "run")
+    train_documents.export(tmp_path / "run", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    merged, its_own = load(tmp_path / "adapter", dtype="float32", device="cpu")
+    sample = next(scene_samples("train", 5, 1))
+    assert chat_inputs(its_own, ["Q?"], [list(sample.images)])["pixel_values"].shape[-1] == 128
+    with torch.no_grad():
+        losses = [
+            train_default.batch_loss(one, two, [sample], 1).item()
+            for one, two in ((learner.model, processor), (merged, its_own))
+        ]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
@@ -219,4 +249,4 @@ def test_a_control_shows_another_picture_that_does_not_answer():
 
 
 def test_sources_cover_the_mixture():
-    assert {"pictures", "pairs", "scenes", "reading", "documents", "text"} == set(SOURCES)
+    assert {"pictures", "pairs", "scenes", "reading", "documents", "every page", "text"} == set(SOURCES)
