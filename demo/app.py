@@ -545,7 +545,7 @@ class Demo:
         facts = f"{self.backend.name}, {spec.layers} layers, {self.backend.model.device.type}, {dtype}"
         small = (
             " It is small: it names drawn shapes, and is often wrong about anything else."
-            if self.backend.name == "default"
+            if self.backend.name.split("/")[0] == "default"
             else ""
         )
         gr.HTML(

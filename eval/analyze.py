@@ -430,8 +430,7 @@ def analyze(
 
     out = Path(out_dir)
     _check_settings(answer_tokens, batch_size, choose, technique, write, out)
-    results.write_json(out / "analysis.probe", {})  # find out before the work, not after it
-    (out / "analysis.probe").unlink()
+    results.check_writable(out)
     if fresh:
         shutil.rmtree(out / "samples", ignore_errors=True)
     loaded, processor = load(model, attn=attn, dtype=dtype, device=device)

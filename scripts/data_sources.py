@@ -368,7 +368,7 @@ SOURCES = {
     "scenes": drawn.scene_samples,
     "reading": with_fonts(drawn.reading_samples),
     "documents": with_fonts(drawn.document_samples),
-    "every page": with_fonts(partial(drawn.document_samples, every_page=True)),
+    "every page": with_fonts(partial(drawn.document_samples, pages=(1, 2, 3), every_page=True)),
     "text": drawn.text_samples,
 }
 

@@ -56,6 +56,7 @@ MIXTURE = {
 }
 #: share of chats whose questions follow each other
 TALKS = 0.25
+POOLS = (2, 1)
 IGNORED = -100
 PEAK_RATE = 4e-4
 #: what LoRA updates
@@ -171,7 +172,7 @@ def batch_loss(model: Any, processor: Any, samples: list[Sample], pool: int, tal
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]  # (I, 3, H, W)
         with torch.no_grad():
             grid = model.model.vision_tower.grid(pixels)  # (I, C, h, w)
-        grid = torch.nn.functional.avg_pool2d(grid, pool)  # (I, C, h / pool, w / pool)
+        grid = torch.nn.functional.avg_pool2d(grid, pool, ceil_mode=True)  # (I, C, h / pool, w / pool)
         visual = model.model.multi_modal_projector(grid.flatten(2).transpose(1, 2))  # (I, T, D)
     chats = [encode(sample, processor, visual.shape[1], talk) for sample in samples]
     width = max(len(chat.ids) for chat in chats)
@@ -212,10 +213,12 @@ class Draws:
     Args:
         replies: request -> reply.
         mixture: source -> share of the micro-batches.
+        pools: how many visual tokens along a side are averaged into one, in the course of training.
     """
 
-    def __init__(self, replies: dict[str, str], mixture: dict[str, float]) -> None:
+    def __init__(self, replies: dict[str, str], mixture: dict[str, float], pools: tuple[int, ...] = POOLS) -> None:
         self.mixture = mixture
+        self.pools = pools
         self.sources = SOURCES | {"instructions": self.instructions}
         self.replies = replies
 
@@ -237,7 +240,8 @@ class Draws:
         """
         rng = rng_for("mixture", SEED, step, micro)
         source = rng.choices(list(self.mixture), list(self.mixture.values()))[0]
-        pool = 1 if rng.random() < progress else 2
+        stage = progress * (len(self.pools) - 1)
+        pool = self.pools[int(stage) + (rng.random() < stage % 1)]
         return self.draw(source, SEED + step * 1000 + micro, size), pool, rng.random() < TALKS
 
 
@@ -287,18 +291,21 @@ def train(
     every: int = 100,
     init: str = "random",
     mixture: dict[str, float] | None = None,
+    pools: tuple[int, ...] = POOLS,
+    peak: float = PEAK_RATE,
 ) -> None:
     """Train up to ``steps`` optimizer steps in all, going on from ``out/state.pt`` where there is one.
 
     ``validation`` samples a source are scored before the first step, after the last and every ``every`` steps; ``init``
-    says in the state where the weights came from; ``mixture`` is ``MIXTURE`` where none is given.
+    says in the state where the weights came from; ``mixture`` is ``MIXTURE`` where none is given, ``pools`` those of
+    :class:`Draws`, ``peak`` the highest learning rate.
     """
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(learner.parameters, lr=1.0, weight_decay=0.02)
     mixture = mixture or MIXTURE
     asked = "instructions" in mixture
     replies = own_replies(learner.model, learner.processor, out / "replies.json") if asked else {}
-    draws = Draws(replies, mixture)
+    draws = Draws(replies, mixture, pools)
     first, state_file = 0, out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -317,7 +324,7 @@ def train(
             write({"step": 0, "validation": validate(learner, draws, validation)})
         for step in bar:
             progress = step / steps
-            rate = PEAK_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(progress * math.pi))
+            rate = peak * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(progress * math.pi))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             total = 0.0
@@ -560,7 +567,7 @@ its kind among thirteen, and describe it so; read a large digit better than chan
 twice as often as without the page; chat as its language model did, and go on in running text as well as that.
 **What it cannot do**: say whether something is there, or, more than half the time, what is on which side; name things
 (the test concepts were never seen in training); read words or numbers; find a page among several (not above the best
-constant reply); understand photographs; follow long instructions. A page has 196 visual tokens like any picture.
+constant reply); understand photographs; follow long instructions. For documents there is `default/documents`.
 What the LoRA did to text: sums and comparing numbers are learned, some facts (capitals) and the first word of a list
 are lost. A second stage with more documents and reading (160 steps) was tried and left: it cost pictures and text more
 than it brought. The model is small on purpose: it shows offline, on a CPU, what a technique keeps of an ability that is

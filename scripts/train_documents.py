@@ -7,8 +7,8 @@
 
 The LoRA stands on the finished default model, which stays as it is: ``mllm.load("default/documents")`` merges it. Most
 chats are documents of :func:`mllm.drawn.document_samples` with all questions about every page, the rest keeps what the
-model can besides. The loop is that of ``train_default.py``: it goes on where it was stopped, and early batches see a
-quarter of the tokens.
+model can besides. The loop is that of ``train_default.py``: it goes on where it was stopped. At first a page has a
+sixteenth of its tokens: many documents are seen so, and the shapes can be told already.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ from train_default import (  # isort: skip  (beside this file)
 from mllm.eval.tasks import manifest
 from mllm.loading import load
 
-MIXTURE = {"every page": 0.8, "scenes": 0.12, "instructions": 0.08}
+MIXTURE = {"every page": 0.85, "scenes": 0.08, "instructions": 0.07}
+#: with few tokens a page many documents are seen, and what a page shows is told from what the others show; then more
+POOLS = (4, 4, 4, 2, 1)
+PEAK_RATE = 8e-4
 #: what LoRA updates
 TARGETS = (
     r".*(language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)|mlp\.(gate|up|down))_proj|multi_modal_projector\.linear_\d)"
@@ -82,17 +85,16 @@ def scores_of(run: Path, limit: int | None = None) -> list[dict[str, Any]]:
 CARD = """# What the default model reads documents with
 
 A LoRA of rank {rank} on the linear layers of the default model's language model and projector. It sees a page at
-{side} px, which are {tokens} visual tokens where a picture in the default model has 196.
-`mllm.load("default/documents")` loads the default model, merges it and prepares pictures in that size. Licence:
-Apache-2.0.
+{side} px, which are {tokens} visual tokens where a picture in the default model has 196. Loading `default/documents`
+with `mllm.load` loads the default model, merges it and prepares pictures in that size. Licence: Apache-2.0.
 
-**Data**: documents of two or three pages drawn by `mllm.drawn.document_samples` (training side: other documents and
+**Data**: documents of one to three pages drawn by `mllm.drawn.document_samples` (training side: other documents and
 fonts than in the task) with all questions about every page, and scenes and requests without a picture so that nothing
 is lost: {mixture}.
 
-**Recipe**: `scripts/train_documents.py`, {steps} steps of {chats} chats, AdamW, peak rate 4e-4, cosine, seed 0, on one
-CPU core; early batches see a quarter of the tokens. `loss.png` shows it. Loss on validation samples of the training
-side, before and after:
+**Recipe**: `scripts/train_documents.py`, {steps} steps of {chats} chats, AdamW, peak rate {peak:g}, cosine, seed 0,
+on one CPU core in 75 minutes; first a page has a sixteenth of its tokens, from the middle on a quarter, at last all of
+them. `loss.png` shows it. Loss on validation samples of the training side, before and after:
 {validation}
 
 **Held-out scores** on `mllm_docqa`, all questions, free generation, 95 % intervals. *as it is* is the default model;
@@ -107,7 +109,14 @@ document, *blank* white ones. The best constant reply scores {constant:.2f}.
 """
 
 #: what the scores above let one say; rewrite it with them
-VERDICT = ""
+VERDICT = """\
+**What it can do**: say, eight times in ten, the colour of the shape on a page that is named by its number, and two
+times in three the colour of a shape on whichever page it is; the default model as it is does either three times in ten.
+**What it cannot do**: tell on which page a colour is (not above blank pages), read text, or anything about real
+documents. **What did it**: the training, not the tokens. The control, which learned the same with half the tokens a
+page, is at least as good: shapes this large lose nothing at 224 px. Where cost counts, run the control's command. This
+folder is the document model whose pages have more to leave out, for techniques that leave it out. For pictures stay
+with `default`: its loss on the validation scenes is 0.52."""
 
 
 def write_card(run: Path, control: Path, folder: Path = FOLDER) -> None:
@@ -135,6 +144,7 @@ def write_card(run: Path, control: Path, folder: Path = FOLDER) -> None:
         rank=recipe["rank"],
         side=side,
         tokens=(side // 16) ** 2,
+        peak=PEAK_RATE,
         mixture=", ".join(f"{share:.0%} {name}" for name, share in MIXTURE.items()),
         steps=recipe["steps"],
         chats=recipe["chats_per_step"],
@@ -152,7 +162,7 @@ def write_card(run: Path, control: Path, folder: Path = FOLDER) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/documents"), help="folder of the state and the log")
-    parser.add_argument("--steps", type=int, default=320, help="optimizer steps in all (320)")
+    parser.add_argument("--steps", type=int, default=540, help="optimizer steps in all (540)")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA (16)")
     parser.add_argument("--image-size", type=int, default=320, help="side in pixels that pages are scaled to (320)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -173,7 +183,8 @@ def main() -> None:
         learner = learner_of(arguments.rank, arguments.image_size)
         out.mkdir(parents=True, exist_ok=True)
         learner.processor.image_processor.save_pretrained(out)
-        train(learner, out, arguments.steps, micro_size=2, init="default", mixture=MIXTURE)
+        recipe = {"mixture": MIXTURE, "pools": POOLS, "peak": PEAK_RATE}
+        train(learner, out, arguments.steps, micros=1, init="default", **recipe)
 
 
 if __name__ == "__main__":

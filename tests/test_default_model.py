@@ -146,14 +146,17 @@ def test_the_committed_projector_fits_the_parts():
     assert all(value.isfinite().all() for value in projector.values())
 
 
-def test_the_committed_lora_fits_the_language_model():
-    settings = json.loads((default_model.ADAPTER / "adapter_config.json").read_text())
-    weights = load_file(default_model.ADAPTER / "adapter_model.safetensors")
-    assert len(weights) == 30 * 7 * 2
+@pytest.mark.parametrize(("name", "beside"), [("lora", 0), ("documents", 2)])
+def test_the_committed_loras_fit_the_model(name, beside):
+    folder = default_model.WEIGHTS / name
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "default"
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == (30 * 7 + beside) * 2
     assert {min(value.shape) for value in weights.values()} == {settings["r"]}
     ends = [
         tuple(value.shape) for name, value in weights.items() if name.endswith("layers.0.mlp.down_proj.lora_A.weight")
     ]
     assert ends == [(settings["r"], 1536)]
     assert all(value.isfinite().all() for value in weights.values())
-    assert (default_model.ADAPTER / "adapter_model.safetensors").stat().st_size < 20_000_000
+    assert (folder / "adapter_model.safetensors").stat().st_size < 20_000_000
