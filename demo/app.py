@@ -797,7 +797,7 @@ def serve(
     from mllm.loading import load
 
     loaded, processor = load(model, attn=attn, dtype=dtype, device=device)
-    backend = Backend(loaded, processor, Path(model).name)
+    backend = Backend(loaded, processor, Path(model).name if Path(model).exists() else model)
     backend.warm_up()
     demo = Demo(backend, [*weights, *packaged_parts(model)])
     try:

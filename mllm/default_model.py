@@ -181,6 +181,7 @@ def assemble(
 
     from mllm.compose import compose
     from mllm.towers import VisionTowerConfig, VisionTowerModel
+    from mllm.versions import quiet_peft
 
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
@@ -198,7 +199,8 @@ def assemble(
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with quiet_peft():
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model, processor
 
 

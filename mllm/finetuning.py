@@ -6,7 +6,6 @@ is a folder that :func:`mllm.load` opens as a plain model, with the technique's 
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +20,7 @@ from mllm.roles import ChatFormat
 from mllm.saving import save_techniques
 from mllm.technique import Stack
 from mllm.training import Options, Recipe, answer_loss
+from mllm.versions import quiet_peft
 
 _ATTENTION, _ALL = "self_attn.(q|k|v|o)_proj", "(self_attn.(q|k|v|o)|mlp.(gate|up|down))_proj"
 
@@ -32,8 +32,7 @@ def add_lora(model: nn.Module, targets: str, rank: int, alpha: float | None = No
     """
     alpha = 2 * rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-    with warnings.catch_warnings():  # peft reads a name that transformers gave up; nothing follows from it here
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with quiet_peft():
         return get_peft_model(model, config)
 
 

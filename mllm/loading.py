@@ -13,6 +13,7 @@ from torch import nn
 from mllm.errors import ConfigError, LoadError, UnsupportedModelError
 from mllm.families import FAMILIES, find_parts
 from mllm.saving import CONFIG_NAME, locate
+from mllm.versions import quiet_peft
 
 ATTENTION_BACKENDS = ("sdpa", "eager")
 #: these run the plain model alone: techniques refuse them
@@ -217,7 +218,8 @@ def _load_adapted(
     base = _adapter_base(folder)
     model, processor = load(base, attn, dtype, device, **kwargs)
     try:
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with quiet_peft():
+            merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"The adapter in {folder} does not fit {base}: {error}") from error
     if any((folder / file).exists() for file in _PREPARATION):

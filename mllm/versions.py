@@ -1,7 +1,10 @@
-"""Names that differ between the releases of transformers that this package runs on."""
+"""What differs between the releases of transformers that this package runs on."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -17,3 +20,11 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     """The key-value cache among a call's arguments, by either name: callers may still use the old one; None without."""
     cache = kwargs.get(_NEW)
     return kwargs.get(_OLD) if cache is None else cache
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft reads a name which transformers gave up: nothing follows from it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

@@ -55,7 +55,7 @@ def test_libraries_do_not_warn_of_what_nobody_can_change(tmp_path, name, options
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("error", "Could not find a config file in tiny")
-        train(name, "tiny", tmp_path / "run", training={"steps": 1}, options=options)
+        load(train(name, "tiny", tmp_path / "run", training={"steps": 1}, options=options))
 
 
 def test_full_fine_tuning_saves_a_whole_model(folder, tmp_path):
