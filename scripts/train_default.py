@@ -81,7 +81,7 @@ class Learner:
         torch.manual_seed(0)
         if rank:
             self.adapted = add_lora(model, targets, rank)
-        if targets == TARGETS:
+        if not any(parameter.requires_grad for parameter in self.projector.parameters()):  # no LoRA is on it
             self.projector.requires_grad_(True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

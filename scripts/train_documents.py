@@ -40,8 +40,10 @@ from train_default import (  # isort: skip  (beside this file)
     train,
 )
 
+from mllm.default_model import TOWER
 from mllm.eval.tasks import manifest
 from mllm.loading import load
+from mllm.towers import VisionTowerConfig
 
 MIXTURE = {"every page": 0.85, "scenes": 0.08, "instructions": 0.07}
 #: with few tokens a page many documents are seen, and what a page shows is told from what the others show; then more
@@ -71,14 +73,18 @@ def export(run: Path, folder: Path = FOLDER) -> None:
     curve(rows, folder / "loss.png", "default model, documents")
 
 
-def scores_of(run: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Scores on the held-out documents of what a run learned; kept in its folder, measured once."""
+def measure(run: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Scores on the held-out documents of what a run learned, loaded as a user would."""
+    export(run, run / "adapter")
+    model, processor = load(run / "adapter")
+    return evaluate({"trained": model}, processor, [TASK], limit)
+
+
+def scores_of(run: Path) -> list[dict[str, Any]]:
+    """All of :func:`measure`, kept in the run's folder until the run goes on."""
     file = run / "scores.json"
-    if not file.exists():
-        export(run, run / "adapter")
-        model, processor = load(run / "adapter")
-        rows = evaluate({"trained": model}, processor, [TASK], limit)
-        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not file.exists() or file.stat().st_mtime < (run / "state.pt").stat().st_mtime:
+        file.write_text(json.dumps(measure(run), indent=1) + "\n", encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -143,7 +149,7 @@ def write_card(run: Path, control: Path, folder: Path = FOLDER) -> None:
     text = CARD.format(
         rank=recipe["rank"],
         side=side,
-        tokens=(side // 16) ** 2,
+        tokens=(side // VisionTowerConfig.for_architecture(**TOWER).patch_size) ** 2,
         peak=PEAK_RATE,
         mixture=", ".join(f"{share:.0%} {name}" for name, share in MIXTURE.items()),
         steps=recipe["steps"],
@@ -169,7 +175,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="write what was learned into the package and stop")
     parser.add_argument("--evaluate", action="store_true", help="score what was learned, into the run's folder")
     parser.add_argument("--control", type=Path, help="with --export: the control's run; its scores join the model card")
-    parser.add_argument("--limit", type=int, help="with --evaluate: questions; all without")
+    parser.add_argument("--limit", type=int, help="with --evaluate: ask so many questions, keep no scores")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out = arguments.out
@@ -177,8 +183,10 @@ def main() -> None:
         export(out)
         if arguments.control:
             write_card(out, arguments.control)
+    elif arguments.evaluate and arguments.limit:
+        measure(out, arguments.limit)
     elif arguments.evaluate:
-        scores_of(out, arguments.limit)
+        scores_of(out)
     else:
         learner = learner_of(arguments.rank, arguments.image_size)
         out.mkdir(parents=True, exist_ok=True)

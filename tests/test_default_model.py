@@ -160,3 +160,24 @@ def test_the_committed_loras_fit_the_model(name, beside):
     assert ends == [(settings["r"], 1536)]
     assert all(value.isfinite().all() for value in weights.values())
     assert (folder / "adapter_model.safetensors").stat().st_size < 20_000_000
+
+
+def test_docs_say_what_was_measured_of_documents():
+    """The README and the docs page quote the committed scores."""
+    root = Path(__file__).parents[1]
+    found = {}
+    for name in ("", "documents"):
+        rows = json.loads((default_model.WEIGHTS / name / "scores.json").read_text())
+        rows = [row for row in rows if row["task"] == "mllm_docqa"]
+        found[name] = {(row["kind"], row["input"]): row for row in rows}
+    before, after = (f"{found[name]['all', 'picture']['score']:.2f}" for name in ("", "documents"))
+    assert f"{after} of `mllm_docqa` right instead of {before}" in (root / "README.md").read_text()
+    page = (root / "docs" / "default_model.md").read_text()
+    for label, name, shown in (
+        ("`default`, 196 tokens a page", "", "picture"),
+        ("`default/documents`, 400 tokens", "documents", "picture"),
+        ("`default/documents`, blank pages", "documents", "blank"),
+    ):
+        cells = [found[name][kind, shown] for kind in ("all", "color", "page color", "page")]
+        told = [f"{cell['score']:.2f} [{cell['ci95'][0]:.2f}, {cell['ci95'][1]:.2f}]" for cell in cells]
+        assert f"| {label} | {' | '.join(told)} |" in page

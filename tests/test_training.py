@@ -129,6 +129,13 @@ def test_what_reads_documents_is_an_adapter_that_loads(parts, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+def test_a_page_has_few_tokens_at_first_and_all_of_them_at_last():
+    draws = train_default.Draws({}, {"scenes": 1.0}, train_documents.POOLS)
+    pools = [{draws.batch(step, 0, 1, progress)[1] for step in range(30)} for progress in (0.0, 0.4, 0.6, 0.75, 0.99)]
+    assert pools[:4] == [{4}, {4}, {4, 2}, {2}]
+    assert 1 in pools[4] <= {2, 1}
+
+
 def test_export_and_model_card(parts, tmp_path):
     learner = train_default.Learner(*parts, 2)
     train_default.train(learner, tmp_path / "run", steps=2, micro_size=2, micros=1, validation=2)
